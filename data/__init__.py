@@ -1,0 +1,103 @@
+"""What a user gives, and saying clearly when it cannot be used: flags, data files, the one error for both."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The commands print it as one line and exit with status 2."""
+
+
+def resolve(name: str, split: str) -> Path:
+    """`--data name` is data/name/{train,test}.jsonl beside this file; anything else is the path of a .jsonl file."""
+    path = HERE / name / f"{split}.jsonl" if (HERE / name).is_dir() else Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(p.parent.name for p in HERE.glob("*/prepare.py")))
+        raise InputError(f"--data {name}: no file {path}. Give a .jsonl file or a data set that is prepared ({known})")
+    return path
+
+
+def load_jsonl(path: str | Path, need: tuple[str, ...] = ("prompt", "answer")) -> list[dict]:
+    """Rows of a UTF-8 JSON-lines file, each an object with the string fields `need`; blank lines are skipped.
+
+    Raises InputError naming the file, the line and what is wrong there.
+    """
+    rows = []
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
+        for field in need:
+            if not isinstance(row.get(field), str):
+                found = type(row[field]).__name__ if field in row else f"only {', '.join(row) or 'nothing'}"
+                raise InputError(f'{path}, line {number}: expected a string field "{field}", found {found}')
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{path}: no rows in it")
+    return rows
+
+
+def flag(default, help: str):
+    """A field of a configuration dataclass, with its default and the sentence that --help shows."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def parse_flags(cls, doc: str, argv: list[str] | None = None):
+    """An instance of the configuration dataclass `cls` from the command line: `--name value` or `--name=value`.
+
+    A bool field is a switch (`--name`, or `--name true|false`). An unknown or ill-typed flag ends the program with one line
+    and status 2, naming the nearest real flag.
+    """
+    def boolean(text: str) -> bool:
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise ValueError(text)
+        return text.lower() in ("true", "1")
+
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, exit_on_error=False
+    )
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for name, f in fields.items():
+        kind = type(f.default)
+        help = f"{f.metadata['help']} ({f.default!r})"
+        if kind is bool:
+            parser.add_argument(f"--{name}", type=boolean, nargs="?", const=True, default=f.default, help=help, metavar="")
+        else:
+            parser.add_argument(f"--{name}", type=kind, default=f.default, help=help, metavar=kind.__name__)
+    try:
+        args, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        stop(str(error).replace("argument ", ""))
+    if unknown:
+        name = unknown[0].split("=")[0].lstrip("-")
+        near = difflib.get_close_matches(name, fields, n=1)
+        stop(f"unknown flag {unknown[0].split('=')[0]}" + (f"; did you mean --{near[0]}?" if near else " (see --help)"))
+    return cls(**vars(args))
+
+
+def stop(message: str) -> None:
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def run_command(main, config) -> None:
+    """Run a command's main; what the user can mend is one line and status 2, anything else a traceback."""
+    try:
+        main(config)
+    except InputError as error:
+        stop(str(error))

@@ -1,0 +1,166 @@
+"""Text to ids and back: a tiktoken encoding built from the tokenizer.json of a Hugging Face checkpoint.
+
+tiktoken is a byte-level BPE and nothing else, which is all that Qwen, Llama 3, SmolLM2 and GPT-2 need. A tokenizer of
+another kind is served by transformers, and says so. Chat templates are rendered by transformers.
+"""
+
+import json
+import shutil
+import unicodedata
+from pathlib import Path
+
+import tiktoken
+
+from data import InputError
+
+SIDE_FILES = (  # what a checkpoint folder holds besides its configuration and weights, copied along on saving
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "generation_config.json", "chat_template.jinja", "tokenizer.model",
+)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in for every byte, as used in tokenizer.json: character -> byte."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+class Tokenizer:
+    """Tokenizer of a checkpoint folder.
+
+    vocab_size: number of real ids, which may be smaller than the model's padded head. stop_ids: every id that the
+    folder's files declare as the end of a response, ascending. eos_id: the one of them that written text ends with.
+    Raises InputError when the folder holds no readable tokenizer.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        file = self.folder / "tokenizer.json"
+        if not file.is_file():
+            raise InputError(f"{self.folder}: no tokenizer.json there")
+        try:
+            spec = json.loads(file.read_text(encoding="utf-8"))
+            vocab = spec["model"]["vocab"]
+            self.special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{file}: not a tokenizer this can read ({error!r})") from None
+        self.vocab_size = 1 + max([*vocab.values(), *self.special.values()])
+        self.nfc = (spec.get("normalizer") or {}).get("type") == "NFC"
+        self.encoding = self.build_encoding(spec)
+        self.hf = None  # the transformers tokenizer, loaded when something needs it
+        if self.encoding is None:
+            print(f"{self.folder}: the tokenizer is not a plain byte-level BPE, so transformers encodes (slower)")
+        self.stop_ids, self.eos_id = self.find_stop_ids()
+
+    def build_encoding(self, spec: dict) -> tiktoken.Encoding | None:
+        """The same BPE as a tiktoken.Encoding, or None where tiktoken cannot be the same."""
+        alphabet = byte_alphabet()
+        steps = (spec.get("pre_tokenizer") or {})
+        steps = steps.get("pretokenizers", [steps])
+        patterns = [s["pattern"].get("Regex") for s in steps if s.get("type") == "Split" and s["behavior"] == "Isolated"]
+        normalizer = (spec.get("normalizer") or {}).get("type")
+        if (
+            spec["model"].get("type") != "BPE" or normalizer not in (None, "NFC") or spec["model"].get("byte_fallback")
+            or [s.get("type") for s in steps] != ["Split", "ByteLevel"] or len(patterns) != 1 or not patterns[0]
+            or steps[1].get("use_regex", True) or steps[1].get("add_prefix_space")
+        ):
+            return None
+        vocab = {t: i for t, i in spec["model"]["vocab"].items() if t not in self.special}
+        ranks = {bytes(alphabet[c] for c in token): i for token, i in vocab.items()}
+        # tiktoken applies the merge whose result has the lowest id; Hugging Face the merge that is listed first.
+        merges = [m if isinstance(m, list) else m.split(" ") for m in spec["model"]["merges"]]
+        ids = [vocab[a + b] for a, b in merges]
+        if ids != sorted(set(ids)) or len(ranks) < 256:
+            return None
+        return tiktoken.Encoding(
+            self.folder.name, pat_str=patterns[0], mergeable_ranks=ranks, special_tokens=self.special
+        )
+
+    def transformers(self):
+        if self.hf is None:
+            from transformers import AutoTokenizer
+
+            self.hf = AutoTokenizer.from_pretrained(self.folder)
+        return self.hf
+
+    def find_stop_ids(self) -> tuple[tuple[int, ...], int]:
+        """All declared stop ids, and the one to end a written text with: the tokenizer's own, else the lowest."""
+        found, own = set(), None
+        for name in ("generation_config.json", "config.json", "tokenizer_config.json"):
+            file = self.folder / name
+            if not file.is_file():
+                continue
+            config = json.loads(file.read_text(encoding="utf-8"))
+            eos = config.get("eos_token_id")
+            found.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+            token = config.get("eos_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if token in self.special:
+                found.add(own := self.special[token])
+        if not found:
+            raise InputError(f"{self.folder}: none of its files declares an end-of-sequence token")
+        stop_ids = tuple(sorted(i for i in found if i < self.vocab_size))
+        return stop_ids, stop_ids[0] if own is None else own
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of a text. Text that spells a special token becomes one only with `special`."""
+        if self.encoding is None:
+            return self.transformers().encode(text, add_special_tokens=False, split_special_tokens=not special)
+        if self.nfc:
+            text = unicodedata.normalize("NFC", text)
+        return self.encoding.encode(text, allowed_special="all" if special else set(), disallowed_special=())
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of some ids, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
+        if self.encoding is None:
+            return self.transformers().decode(ids)
+        return self.encoding.decode([i for i in ids if i < self.vocab_size])
+
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes that id i stands for (empty where the vocabulary has a gap), to compare two tokenizers."""
+        if self.encoding is None:
+            return (self.transformers().convert_ids_to_tokens(i) or "").encode()
+        try:
+            return self.encoding.decode_single_token_bytes(i)
+        except KeyError:
+            return b""
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """A prompt as the model expects it: through the chat template where the checkpoint has one, else as it is.
+
+        Special-token text inside the user's prompt stays text.
+        """
+        if not self.has_chat_template():
+            return self.encode(prompt)
+        message = [{"role": "user", "content": prompt}]
+        rendered = self.transformers().apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        before, found, after = rendered.partition(prompt)
+        if not found:  # the template rewrote the prompt
+            return self.encode(rendered, special=True)
+        return self.encode(before, special=True) + self.encode(prompt) + self.encode(after, special=True)
+
+    def has_chat_template(self) -> bool:
+        if (self.folder / "chat_template.jinja").is_file():
+            return True
+        file = self.folder / "tokenizer_config.json"
+        return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("chat_template"))
+
+    def save(self, folder: str | Path) -> None:
+        """Copy the tokenizer's and the generation settings' files to another checkpoint folder."""
+        for name in SIDE_FILES:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, Path(folder) / name)
+
+
+def check_same(student: Tokenizer, teacher: Tokenizer) -> None:
+    """Raise InputError naming the first id that does not stand for the same bytes in both.
+
+    Distillation compares the two models id by id; a longer vocabulary on one side is fine, another meaning is not.
+    """
+    for i in range(min(student.vocab_size, teacher.vocab_size)):
+        if (ours := student.token_bytes(i)) != (theirs := teacher.token_bytes(i)):
+            raise InputError(
+                f"student and teacher have different tokenizers: id {i} is {ours!r} in {student.folder} and {theirs!r} in "
+                f"{teacher.folder}. Choose a pair of one family"
+            )

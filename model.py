@@ -1,0 +1,304 @@
+"""A decoder-only transformer that reads and writes Hugging Face checkpoints of the Qwen2/2.5, Qwen3 and Llama families.
+
+The module tree spells the Hugging Face parameter names (`model.layers.0.self_attn.q_proj.weight`, ...), so a checkpoint is
+loaded and saved without a table of names. The forward pass returns hidden states, not logits: the vocabulary head is a
+(V, H) matrix that sampling applies to one position a row and the loss applies chunk by chunk, so that a (B, T, V) tensor
+never exists.
+
+    model = Transformer.from_pretrained("data/chains/teacher")
+    hidden = model(tokens)                 # (B, T) -> (B, T, H)
+    logits = hidden @ model.head.T         # (B, T, V), for those who can afford it
+
+Read in this order: RMSNorm, rope, Attention, KVCache, MLP, Block, Transformer, and last the books (`count_flops`).
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from data import InputError
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The mean of squares is taken in float32 whatever x is, as the checkpoints were trained; then back to x's dtype.
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, float32 (..., T, 1, D): one frequency per pair of features (i, i + D/2)."""
+    inv_freq = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angles = positions[..., None].float() * inv_freq  # (..., T, D/2)
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)  # (..., T, 1, D), broadcast over heads
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (x_i, x_{i+D/2}) of x (B, T, heads, D) by its angle."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of every layer, preallocated: (layers, B, num_kv_heads, S_max, D) each.
+
+    S_max is the longest prompt plus the number of tokens to sample, not the model's context. Each row writes at its own
+    positions, so prompts of different lengths need no padding between prompt and response.
+    """
+
+    def __init__(self, config, batch: int, max_len: int, device, dtype):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, max_len, head_dim_of(config))
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+
+    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write k, v (B, T, num_kv_heads, D) of one layer at positions (B, T)."""
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        self.k[layer, rows, :, positions] = k
+        self.v[layer, rows, :, positions] = v
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all batch rows but `rows` (a 1-D index; repeats are allowed, to expand one prompt into several samples)."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads, config.num_key_value_heads, head_dim_of(config)
+        )
+        bias = config.model_type == "qwen2" or bool(getattr(config, "attention_bias", False))
+        out_bias = config.model_type != "qwen2" and bias  # Qwen2 has biases on q, k and v but not on o
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=out_bias)
+        if config.model_type == "qwen3":  # QK-norm: each head's query and key are normalised before they are rotated
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, positions: Tensor, mask) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.heads, self.head_dim)
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            cache.write(self.layer, positions, k, v)
+        if mask is None:  # training and prefill: every token sees itself and what came before it in its row
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        else:  # decoding: the new tokens see the cache
+            q, k, v = q.transpose(1, 2), cache.k[self.layer][:, :, : mask.shape[-1]], cache.v[self.layer][:, :, : mask.shape[-1]]
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        bias = bool(getattr(config, "mlp_bias", False))
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, *attention_args) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *attention_args)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """The model. `config` is a transformers configuration of one of the supported families."""
+
+    def __init__(self, config):
+        super().__init__()
+        check_config(config)
+        self.config = config
+        self.rope_theta = config.rope_parameters["rope_theta"]
+        self.model = nn.Module()  # the Hugging Face trees put everything but the head under "model."
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.model.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head(self) -> Tensor:
+        """The (V, H) matrix that turns hidden states into logits; the embedding itself when the two are tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None, slots: int | None = None
+    ) -> Tensor:
+        """Hidden states after the final norm: tokens (B, T) -> (B, T, H).
+
+        Without `positions`, row tokens stand at 0..T-1 and attention is causal; pad on the right, where padding cannot
+        be seen by what stands before it. With a cache, keys and values are also stored (prefill).
+        With `positions` (B, T) and a cache, the tokens are written at their positions and each attends to the cache's
+        slots 0..position of its own row (decoding). `slots`, if given, promises that no position is beyond it, so that the
+        empty rest of the cache need not be read.
+        """
+        decoding = positions is not None and cache is not None
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
+        cos, sin = rope_tables(positions, head_dim_of(self.config), self.rope_theta)
+        mask = None
+        if decoding:
+            slot = torch.arange(slots or cache.k.shape[3], device=tokens.device)
+            mask = (slot <= positions[..., None])[:, None]  # (B, 1, T, S)
+        x = self.model.embed_tokens(tokens)
+        for block in self.model.layers:
+            x = block(x, cos, sin, cache, positions, mask)
+        return self.model.norm(x)
+
+    def initialize(self, seed: int) -> "Transformer":
+        """Fresh weights from a seed: normal with the configuration's `initializer_range`, norms at one, biases at zero."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            with torch.no_grad():
+                if parameter.dim() == 2:
+                    parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+                else:
+                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        return self
+
+    @classmethod
+    def from_pretrained(cls, path: str, device="cpu", dtype: torch.dtype = torch.float32) -> "Transformer":
+        """Load a checkpoint: a folder, or the name of a repository on the Hugging Face hub. Safetensors only.
+
+        The model is built on the meta device and filled tensor by tensor from memory-mapped files, so peak memory is one
+        copy of the weights. Raises InputError when the folder is no checkpoint, the architecture is not supported, or a
+        tensor is missing, unknown or of the wrong shape.
+        """
+        folder = checkpoint_folder(path)
+        with torch.device("meta"):
+            model = cls(load_config(folder))
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        else:
+            files = [folder / "model.safetensors"]
+        expected = dict(model.named_parameters())
+        weights = {}
+        for file in files:
+            if not file.is_file():
+                raise InputError(f"{path}: no {file.name} there (weights are read from safetensors only)")
+            try:
+                with safe_open(file, framework="pt", device=str(device)) as tensors:
+                    for name in tensors.keys():  # noqa: SIM118 (not a dict, and not iterable)
+                        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+                            continue  # some tied checkpoints store the shared matrix twice
+                        if name not in expected:
+                            raise InputError(f"{file}: tensor {name} has no place in a {model.config.model_type} model")
+                        tensor = tensors.get_tensor(name)
+                        if tensor.shape != expected[name].shape:
+                            raise InputError(
+                                f"{file}: {name} has shape {tuple(tensor.shape)}, config.json asks for "
+                                f"{tuple(expected[name].shape)}"
+                            )
+                        weights[name] = tensor.to(dtype)
+            except SafetensorError as error:
+                raise InputError(f"{file}: not a complete safetensors file ({error})") from None
+        missing = sorted(set(expected) - set(weights))
+        if missing:
+            raise InputError(f"{path}: tensor {missing[0]} is missing (and {len(missing) - 1} more)")
+        model.load_state_dict(weights, assign=True)
+        return model
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write config.json and model.safetensors; transformers and vLLM load the folder as it is."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        dtype = dtype or self.head.dtype
+        self.config.dtype = dtype
+        self.config.save_pretrained(folder)
+        weights = {name: p.detach().to("cpu", dtype).contiguous() for name, p in self.named_parameters()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def head_dim_of(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def check_config(config) -> None:
+    """Refuse by name what the code above does not do, rather than compute something else."""
+    if config.model_type not in ("llama", "qwen2", "qwen3"):
+        raise InputError(f"model_type {config.model_type!r} is not supported (llama, qwen2 and qwen3 are)")
+    rope = config.rope_parameters or {}
+    if rope.get("rope_type", "default") != "default" or "rope_theta" not in rope:
+        raise InputError(f"rope_type {rope.get('rope_type')!r} is not supported (default is)")
+    if config.hidden_act != "silu":
+        raise InputError(f"hidden_act {config.hidden_act!r} is not supported (silu is)")
+    if getattr(config, "use_sliding_window", False):
+        raise InputError("use_sliding_window is not supported")
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """The local folder of a checkpoint given as a folder or as the name of a hub repository (downloaded, then cached)."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        raise InputError(f"{path}: no such folder, and not the name of a hub repository (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except (OSError, ValueError) as error:  # offline, not found, gated, disk full: the hub's own first line says which
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{path}: not a local folder, and the hub did not give it ({reason})") from None
+
+
+def load_config(folder: str | Path):
+    from transformers import AutoConfig
+
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise InputError(f"{folder}: no config.json there, so it is not a checkpoint folder")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: {str(error).strip().split(chr(10))[0]}") from None
+
+
+def count_flops(config, new_tokens: float, pairs: float, head_rows: float) -> float:
+    """Matmul FLOP of one forward pass: 2 per weight and token, attention, and the head where it is applied.
+
+    new_tokens: tokens that go through the layers. pairs: (query, key) pairs attended, summed over rows: T(T+1)/2 for a
+    causal row of T. head_rows: positions whose logits are computed. A backward pass costs twice its forward.
+    """
+    H, D, layers = config.hidden_size, head_dim_of(config), config.num_hidden_layers
+    q_size, kv_size = config.num_attention_heads * D, config.num_key_value_heads * D
+    weights = layers * (2 * H * q_size + 2 * H * kv_size + 3 * H * config.intermediate_size)
+    return 2 * weights * new_tokens + 4 * layers * q_size * pairs + 2 * H * config.vocab_size * head_rows

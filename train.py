@@ -1,0 +1,498 @@
+"""On-policy distillation from reasoning prefixes: the student writes, the teacher marks, the student learns.
+
+    python train.py --prefix_len 1024               # distil the embedded pair on whatever machine this is
+    python train.py --prefix_len 16 --steps 10      # the paper's point: the first tokens carry most of the lesson
+    python train.py --student Qwen/Qwen3-1.7B-Base --teacher Qwen/Qwen3-8B --data my_prompts.jsonl --lr 1e-6
+
+One step, as in arXiv 2602.15260:
+    1. sample     the student answers a batch of prompts; a response is cut after `prefix_len` tokens
+    2. score      the frozen teacher reads the same tokens
+    3. learn      AdamW on the reverse KL from student to teacher, over the full vocabulary, at the response's positions
+
+Where the responses come from (--rollout student | teacher | data) and what is minimised (--loss) are two independent
+flags, so the same loop is also supervised fine-tuning (--rollout data --loss cross_entropy), which trained the embedded
+pair, and everything in between.
+
+Read this file from the last line upwards, or from `train` downwards.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from data import HERE, InputError, flag, load_jsonl, parse_flags, resolve, run_command
+from data.tokenizer import Tokenizer, check_same
+from eval import evaluate
+from loss import LOSSES, distill_loss
+from model import Transformer, checkpoint_folder, count_flops, load_config
+from sample import Rollout, generate
+
+
+@dataclass
+class Config:
+    # The pair and the data
+    student: str = flag(str(HERE / "chains/student"), "checkpoint folder or hub name of the model that learns")
+    teacher: str = flag(str(HERE / "chains/teacher"), "checkpoint folder or hub name of the frozen model that scores")
+    init: str = flag("pretrained", "pretrained, or random: only --student's configuration, with fresh weights from --seed")
+    data: str = flag("chains", "training prompts: a name (data/NAME/train.jsonl) or a .jsonl file")
+    eval_data: str = flag("", "held-out problems, a name or a .jsonl file; empty takes --data's own test split, if it has one")
+    out_dir: str = flag("out", "where log.jsonl and the checkpoints go")
+    # The method
+    prefix_len: int = flag(1024, "cut each response after this many tokens; lower it first when memory or time runs out")
+    rollout: str = flag("student", "who writes the responses: student (on-policy), teacher, or data (the field `solution`)")
+    loss: str = flag("reverse_kl", f"what is minimised: {', '.join(LOSSES)}")
+    beta: float = flag(0.5, "mixture of the jsd loss, strictly between 0 and 1")
+    temperature: float = flag(1.0, "of sampling and of both models' distributions in the loss")
+    stop_class: bool = flag(True, "treat all stop tokens of both models as one outcome in the loss")
+    # Optimisation
+    steps: int = flag(30, "optimizer steps")
+    batch_size: int = flag(64, "prompts a step")
+    micro_batch: int = flag(16, "rows that go forward and backward at once; lower it when memory runs out, nothing else changes")
+    lr: float = flag(2e-4, "peak learning rate; real models want 1e-6 to 1e-5")
+    lr_schedule: str = flag("constant", "constant or cosine (to zero at the last step), after the warm-up")
+    warmup: int = flag(2, "steps of linear warm-up")
+    weight_decay: float = flag(0.0, "AdamW's, on matrices only")
+    beta1: float = flag(0.9, "AdamW's first moment")
+    beta2: float = flag(0.98, "AdamW's second moment")
+    grad_clip: float = flag(1.0, "largest gradient norm; 0 turns clipping off")
+    # Evaluation
+    eval_every: int = flag(0, "evaluate every this many steps, besides before and after; 0 is off")
+    eval_problems: int = flag(500, "how many held-out problems; 0 turns evaluation off")
+    max_new_tokens: int = flag(512, "cap on responses in evaluation")
+    # The run
+    seed: int = flag(1337, "of the data order, the sampling and fresh weights")
+    device: str = flag("", "cpu, cuda, cuda:1, ...; empty chooses")
+    dtype: str = flag("", "float32 or bfloat16 for the forward passes (the student's own weights stay float32); empty chooses")
+    save_every: int = flag(0, "checkpoint every this many steps, besides the last; 0 is off")
+    keep: int = flag(2, "how many checkpoints stay")
+    resume: bool = flag(False, "continue the run in --out_dir from its last complete checkpoint")
+    overwrite: bool = flag(False, "discard the run in --out_dir")
+
+
+MAY_CHANGE = {"steps", "eval_every", "save_every", "keep", "resume", "overwrite"}  # between a run and its resumption
+
+
+def check_flags(config: Config) -> None:
+    choices = {
+        "init": ("pretrained", "random"), "rollout": ("student", "teacher", "data"), "loss": LOSSES,
+        "lr_schedule": ("constant", "cosine"), "dtype": ("", "float32", "bfloat16"),
+    }
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise InputError(f"--{name} {getattr(config, name)}: expected one of {', '.join(filter(None, allowed))}")
+    for name in ("prefix_len", "steps", "batch_size", "micro_batch", "max_new_tokens", "keep"):
+        if getattr(config, name) < 1:
+            raise InputError(f"--{name} must be at least 1, found {getattr(config, name)}")
+    for name in ("warmup", "weight_decay", "grad_clip", "eval_every", "eval_problems", "save_every", "seed"):
+        if not getattr(config, name) >= 0:
+            raise InputError(f"--{name} must not be negative, found {getattr(config, name)}")
+    for name in ("lr", "temperature"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise InputError(f"--{name} must be positive, found {getattr(config, name)}")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise InputError(f"--{name} must lie in [0, 1), found {getattr(config, name)}")
+    if config.loss == "jsd" and not 0 < config.beta < 1:
+        raise InputError(f"--beta must lie strictly between 0 and 1, found {config.beta}")
+    if config.loss == "sampled_kl" and config.rollout != "student":
+        raise InputError("--loss sampled_kl estimates from the student's own samples: use it with --rollout student")
+    if config.resume and config.overwrite:
+        raise InputError("--resume and --overwrite contradict each other")
+
+
+def open_run(config: Config) -> Path | None:
+    """Make out_dir ready. Returns the checkpoint to resume from, or None for a fresh run."""
+    out = Path(config.out_dir)
+    found = sorted(out.glob("step_*")) + [f for f in (out / "log.jsonl", out / "config.json") if f.exists()]
+    if config.resume:
+        complete = [f for f in sorted(out.glob("step_*")) if (f / "state.json").is_file()]
+        if not complete:
+            raise InputError(f"--resume: no complete checkpoint in --out_dir {out}")
+        before = json.loads((complete[-1] / "state.json").read_text())["config"]
+        for name, value in asdict(config).items():
+            if name not in MAY_CHANGE and before.get(name) != value:
+                raise InputError(f"--resume: --{name} is {value!r} now and was {before.get(name)!r} in {out}")
+        return complete[-1]
+    if found and not config.overwrite:
+        raise InputError(f"--out_dir {out} already holds a run; continue it with --resume, discard it with --overwrite")
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+    return None
+
+
+def save_checkpoint(config: Config, student: Transformer, tokenizer: Tokenizer, optimizer, step: int, totals: dict) -> Path:
+    """out_dir/step_NNNNNN: a Hugging Face folder plus what resuming needs. It appears whole or not at all."""
+    out = Path(config.out_dir)
+    final, temporary = out / f"step_{step:06d}", out / f".step_{step:06d}.incomplete"
+    shutil.rmtree(temporary, ignore_errors=True)
+    student.save_pretrained(temporary)
+    tokenizer.save(temporary)
+    names = {p: name for name, p in student.named_parameters()}
+    moments = {
+        f"{names[p]}.{key}": value.contiguous() for p, state in optimizer.state.items()
+        for key, value in state.items() if key != "step"
+    }
+    save_file(moments, temporary / "optimizer.safetensors")
+    (temporary / "state.json").write_text(json.dumps({"step": step, "totals": totals, "config": asdict(config)}, indent=1))
+    for file in temporary.iterdir():  # on the disk before the name says so
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    for old in sorted(out.glob("step_*"))[: -config.keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(folder: Path, student: Transformer, optimizer) -> tuple[int, dict]:
+    state = json.loads((folder / "state.json").read_text())
+    moments = load_file(folder / "optimizer.safetensors", device=str(student.head.device))
+    for name, p in student.named_parameters():
+        optimizer.state[p] = {key: moments[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p]["step"] = torch.tensor(float(state["step"]))
+    return state["step"], state["totals"]
+
+
+def batch_of(rows: list[dict], step: int, config: Config) -> list[dict]:
+    """The rows of a step: a fresh permutation every epoch, a function of (seed, step) alone, so resuming needs no state."""
+    wanted = range(step * config.batch_size, (step + 1) * config.batch_size)
+    batch = []
+    for epoch in range(wanted.start // len(rows), (wanted.stop - 1) // len(rows) + 1):
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed + 7919 * epoch)).tolist()
+        batch += [rows[order[i % len(rows)]] for i in wanted if i // len(rows) == epoch]
+    return batch
+
+
+def data_rollout(batch: list[dict], eos_id: int, prefix_len: int) -> Rollout:
+    """The written solutions as if they had been sampled, cut at prefix_len like any other."""
+    responses = [row["solution_ids"] + [eos_id] for row in batch]
+    cut = [r[:prefix_len] for r in responses]
+    sequences = [row["prompt_ids"] + r for row, r in zip(batch, cut)]
+    tokens = torch.zeros(len(batch), max(map(len, sequences)), dtype=torch.long)
+    for i, sequence in enumerate(sequences):
+        tokens[i, : len(sequence)] = torch.tensor(sequence)
+    prompt_lens = torch.tensor([len(row["prompt_ids"]) for row in batch])
+    finished = torch.tensor([len(r) <= prefix_len for r in responses])
+    return Rollout(tokens, prompt_lens, torch.tensor([len(r) for r in cut]), finished, torch.empty(0), 0)
+
+
+def train_on(
+    rollout: Rollout, student: Transformer, teacher: Transformer | None, config: Config, vocab: int,
+    stop_ids: tuple[int, ...], autocast, clock: dict,
+) -> dict:
+    """Accumulate the gradient of one step's loss over its micro-batches. Returns the statistics of every supervised row.
+
+    Each row is weighted by 1 / (supervised tokens of the whole step), so the gradient does not depend on how the step is
+    split. A response's own positions are all that is supervised: the stop token if the student drew it, no invented stop
+    where the prefix was cut, never the prompt.
+    """
+    device, dtype = student.head.device, torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    total_lens = rollout.prompt_lens + rollout.lens
+    supervised = int(rollout.lens.sum())
+    stats: dict[str, list] = {}
+    order = total_lens.argsort(descending=True)  # rows of one length together, the longest first
+    for rows in order.split(config.micro_batch):
+        length = int(total_lens[rows].max())
+        tokens = rollout.tokens[rows, :length].to(device)
+        # hidden[i] predicts tokens[i + 1]: the rows that predict response tokens 0 .. len-1 stand at P-1 .. P+len-2
+        at = torch.arange(length - 1)
+        first, last = rollout.prompt_lens[rows, None] - 1, total_lens[rows, None] - 2
+        mask = ((at >= first) & (at <= last)).to(device)  # (b, T-1)
+        hidden_t = head_t = None
+        start = tick(device)
+        if teacher is not None:
+            with torch.no_grad():
+                hidden_t, head_t = teacher(tokens[:, :-1])[mask], teacher.head
+        clock["teacher"] += tick(device) - start
+        start = tick(device)
+        with autocast():
+            hidden_s = student(tokens[:, :-1])[mask]
+        loss, row_stats = distill_loss(
+            hidden_s.to(dtype), student.head, hidden_t, head_t, loss=config.loss, temperature=config.temperature,
+            beta=config.beta, targets=tokens[:, 1:][mask], vocab=vocab,
+            token_weights=torch.full((len(hidden_s),), 1.0 / supervised, device=device),
+            stop_ids=stop_ids if config.stop_class and teacher is not None else (),
+        )
+        loss.backward()
+        clock["student"] += tick(device) - start
+        row_stats["position"] = (at - first)[mask.cpu()]  # of each supervised row in its response, from 0
+        for name, value in row_stats.items():
+            stats.setdefault(name, []).append(value.cpu())
+    return {name: torch.cat(values) for name, values in stats.items()}
+
+
+def by_position(values: torch.Tensor, position: torch.Tensor) -> dict[str, float]:
+    """Mean over the positions 0, 1, 2-3, 4-7, 8-15, ... of the response."""
+    bucket = torch.log2(position.double().clamp(min=0.5)).floor().long() + 1  # 0 -> 0, 1 -> 1, 2-3 -> 2, ...
+    sums = torch.zeros(int(bucket.max()) + 1, dtype=torch.double).index_add_(0, bucket, values.double())
+    counts = torch.bincount(bucket)
+    return {str(0 if b == 0 else 2 ** (b - 1)): (sums[b] / counts[b]).item() for b in range(len(counts)) if counts[b]}
+
+
+def update_norm(optimizer) -> float:
+    """L2 norm of the last AdamW step over all weights, decay aside. Beside a vanishing gradient norm this staying up is
+    the sign that Adam's normalisation is moving the weights on noise."""
+    total = 0.0
+    for group in optimizer.param_groups:
+        b1, b2 = group["betas"]
+        for p in group["params"]:
+            state = optimizer.state.get(p)
+            if state:
+                t = float(state["step"])
+                m, v = state["exp_avg"] / (1 - b1**t), state["exp_avg_sq"] / (1 - b2**t)
+                total += float((m / (v.sqrt() + group["eps"])).square().sum()) * group["lr"] ** 2
+    return math.sqrt(total)
+
+
+def flop_books(rollout: Rollout, sampler, student, teacher) -> dict[str, float]:
+    """Matmul FLOP of one step, of the tokens really handled, padding not counted: sampling, teacher, student."""
+    prompts, lens = rollout.prompt_lens.double(), rollout.lens.double()
+    read = prompts + lens - 1  # the last token is never fed back
+    pairs, tokens, heads = (read * (read + 1) / 2).sum().item(), read.sum().item(), lens.sum().item()
+    return {
+        "flop_sample": count_flops(sampler.config, tokens, rollout.pairs, heads) if sampler is not None else 0.0,
+        "flop_teacher": count_flops(teacher.config, tokens, pairs, heads) if teacher is not None else 0.0,
+        "flop_student": 3 * count_flops(student.config, tokens, pairs, heads),
+    }
+
+
+def learning_rate(step: int, config: Config) -> float:
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.lr_schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def tick(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that torch.mm reaches here on a square product, the yardstick for the step's own rate."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(4):
+        start = tick(device)
+        a @ a
+        best = min(best, tick(device) - start)
+    return 2 * n**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device on CUDA, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if os.uname().sysname == "Darwin" else peak * 1024
+
+
+def train(config: Config) -> None:
+    check_flags(config)
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    dtype = getattr(torch, config.dtype)
+    half = dtype != torch.float32
+
+    # The data: prompts to train on, problems to be judged on.
+    rows = load_jsonl(resolve(config.data, "train"), need=("prompt", "solution") if config.rollout == "data" else ("prompt",))
+    test = []
+    if config.eval_problems and (config.eval_data or (HERE / config.data).is_dir()):
+        test = load_jsonl(resolve(config.eval_data or config.data, "test"))[: config.eval_problems]
+
+    # The pair. The student's weights are float32 for the optimizer: at a rate of 1e-6 a bfloat16 weight would round back to
+    # what it was. In half precision the rollouts use a copy, refreshed every step.
+    student_folder = checkpoint_folder(config.student)
+    tokenizer, teacher = Tokenizer(student_folder), None
+    vocab, stop_ids = tokenizer.vocab_size, tokenizer.stop_ids
+    if config.rollout == "teacher" or config.loss != "cross_entropy":
+        teacher_folder = checkpoint_folder(config.teacher)
+        teacher_tokenizer = Tokenizer(teacher_folder)
+        check_same(tokenizer, teacher_tokenizer)
+        vocab = min(vocab, teacher_tokenizer.vocab_size)
+        stop_ids = tuple(sorted(i for i in {*stop_ids, *teacher_tokenizer.stop_ids} if i < vocab))
+        teacher = Transformer.from_pretrained(teacher_folder, device, dtype).requires_grad_(False)
+    resume_from = open_run(config)
+    if resume_from is None and config.init == "random":
+        student = Transformer(load_config(student_folder)).initialize(config.seed).to(device)
+    else:
+        student = Transformer.from_pretrained(resume_from or student_folder, device, torch.float32)
+    sampler = copy.deepcopy(student).to(dtype).requires_grad_(False) if half else student
+
+    @contextlib.contextmanager
+    def autocast():
+        with torch.autocast(device.type, dtype=dtype, enabled=half):
+            yield
+
+    matrices = [p for p in student.parameters() if p.dim() > 1]
+    vectors = [p for p in student.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=config.lr, betas=(config.beta1, config.beta2), fused=True,
+    )
+    first_step, totals = 0, {"tokens_sampled": 0, "tokens_scored": 0, "tokens_trained": 0, "flop": 0.0, "seconds": 0.0}
+    if resume_from is not None:
+        first_step, totals = load_checkpoint(resume_from, student, optimizer)
+
+    for row in tqdm(rows, desc="tokenize", leave=False, delay=2):
+        row["prompt_ids"] = tokenizer.encode_prompt(row["prompt"])
+        if config.rollout == "data":
+            row["solution_ids"] = tokenizer.encode(row["solution"])
+    rate = matmul_rate(device, dtype)
+
+    print(f"student {student_folder.name}: {sum(p.numel() for p in student.parameters()):,} parameters, float32", end="")
+    print(f"; teacher {teacher_folder.name}: {sum(p.numel() for p in teacher.parameters()):,}, {config.dtype}" if teacher else "")
+    print(f"vocabulary {vocab:,} of {student.head.shape[0]:,} rows; stop tokens "
+          + ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in stop_ids)
+          + (" (one class)" if config.stop_class and len(stop_ids) > 1 else ""))
+    print(f"{len(rows):,} prompts, {len(test):,} held-out problems; {device}, torch.mm at {rate / 1e9:,.0f} GFLOP/s")
+    print(f"first prompt as the models see it: {tokenizer.decode(rows[0]['prompt_ids'])!r}")
+
+    log_path = Path(config.out_dir) / "log.jsonl"
+    if resume_from is not None:  # what was logged after the checkpoint will be logged again
+        kept = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
+        log_path.write_text("".join(line + "\n" for line in kept))
+
+    def log(record: dict) -> None:
+        with open(log_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def judge(model: Transformer, name: str, step: int, temperature: float) -> dict:
+        summary, _ = evaluate(
+            model, tokenizer, test, max_new_tokens=config.max_new_tokens, temperature=temperature, vocab=vocab,
+            stop_ids=stop_ids, progress=True,
+        )
+        log({"step": step, "eval": name, "temperature": temperature, **summary})
+        return summary
+
+    def judge_student(step: int) -> dict[str, dict]:
+        return {"greedy": judge(student, "student", step, 0.0), "sampled": judge(student, "student", step, config.temperature)}
+
+    before = after = reference = None
+    if test and resume_from is None and config.init != "random":
+        if teacher is not None:
+            reference = judge(teacher, "teacher", 0, 0.0)
+            print(f"teacher before the first step: greedy accuracy {reference['accuracy']:.3f}")
+        before = judge_student(0)
+        print("student before the first step: " + ", ".join(f"{k} accuracy {v['accuracy']:.3f}" for k, v in before.items()))
+
+    interrupted = []
+    signal.signal(signal.SIGINT, lambda *_: interrupted.append(1) if not interrupted else signal.default_int_handler(*_))
+    bar = tqdm(range(first_step, config.steps), initial=first_step, total=config.steps, desc="train")
+    for step in bar:
+        clock = {"sample": 0.0, "teacher": 0.0, "student": 0.0}
+        begin = tick(device)
+        batch = batch_of(rows, step, config)
+
+        # 1. sample: whoever writes the responses, at most prefix_len tokens each
+        if config.rollout == "data":
+            rollout, writer = data_rollout(batch, tokenizer.eos_id, config.prefix_len), None
+        else:
+            writer = sampler if config.rollout == "student" else teacher
+            generator = torch.Generator().manual_seed(config.seed + 104729 * (step + 1))
+            rollout = generate(
+                writer, [row["prompt_ids"] for row in batch], config.prefix_len, stop_ids, config.temperature,
+                generator=generator, vocab=vocab,
+            )
+        clock["sample"] = tick(device) - begin
+
+        # 2. score and 3. learn
+        stats = train_on(rollout, student, teacher, config, vocab, stop_ids, autocast, clock)
+        start = tick(device)
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf))
+        loss = stats["loss"].double().mean().item()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise RuntimeError(f"step {step}: loss {loss}, gradient norm {grad_norm}; the last checkpoint stands")
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if half:
+            with torch.no_grad():
+                for low, full in zip(sampler.parameters(), student.parameters()):
+                    low.copy_(full)
+        clock["student"] += tick(device) - start
+        seconds = tick(device) - begin
+
+        # The books.
+        n, flop = int(rollout.lens.sum()), flop_books(rollout, writer, student, teacher)
+        totals["tokens_sampled"] += n if writer is not None else 0
+        totals["tokens_scored"] += n if teacher is not None else 0
+        totals["tokens_trained"] += n
+        totals["flop"] += sum(flop.values())
+        totals["seconds"] += seconds
+        mean = {k: v.double().mean().item() for k, v in stats.items() if k != "position"}
+        log({
+            "step": step + 1, "prefix_len": config.prefix_len, **mean,
+            "kl_by_position": by_position(stats["kl"], stats["position"]) if "kl" in stats else {},
+            "finish": rollout.finished.double().mean().item(), "capped": 1 - rollout.finished.double().mean().item(),
+            "response_len": rollout.lens.double().mean().item(), "tokens": n, **flop,
+            **{f"seconds_{k}": v for k, v in clock.items()}, "tokens_per_s": n / seconds,
+            "flop_per_s": sum(flop.values()) / seconds, "matmul_share": sum(flop.values()) / seconds / rate,
+            "peak_memory": peak_memory(device), "lr": learning_rate(step, config), "grad_norm": grad_norm,
+            "update_norm": update_norm(optimizer), **{f"total_{k}": v for k, v in totals.items()},
+        })
+        bar.set_postfix_str(
+            f"loss {loss:.4f}, KL/token {mean.get('kl', math.nan):.4f}, prefix_len {config.prefix_len}, {n / seconds:,.0f} tok/s"
+        )
+
+        last = step + 1 == config.steps or bool(interrupted)
+        if last or (config.save_every and (step + 1) % config.save_every == 0):
+            saved = save_checkpoint(config, student, tokenizer, optimizer, step + 1, totals)
+        if test and config.eval_every and (step + 1) % config.eval_every == 0 and not last:
+            found = judge_student(step + 1)
+            bar.write(f"step {step + 1}: " + ", ".join(f"{k} accuracy {v['accuracy']:.3f}" for k, v in found.items()))
+        if last:
+            break
+    bar.close()
+    if first_step >= config.steps:
+        print(f"nothing to do: the run in {config.out_dir} has its {config.steps} steps")
+        return
+    if test and not interrupted:
+        after = judge_student(step + 1)
+    summarize(log_path, saved, reference, before, after, bool(interrupted))
+
+
+def summarize(log_path: Path, saved: Path, reference: dict | None, before: dict | None, after: dict | None, cut: bool) -> None:
+    """The last block: what was learned, what it cost, where it lies."""
+    steps = [r for r in map(json.loads, log_path.read_text().splitlines()) if "loss" in r]
+    part = {k: sum(r[f"seconds_{k}"] for r in steps) for k in ("sample", "teacher", "student")}
+    final = steps[-1]
+    print(f"\n{'interrupted after' if cut else 'done:'} {final['step']} steps, loss {steps[0]['loss']:.4f} -> {final['loss']:.4f}")
+    for manner in ("greedy", "sampled"):
+        if after:
+            start = f"{before[manner]['accuracy']:.3f} -> " if before else ""
+            a = after[manner]
+            print(f"  {manner} accuracy  {start}{a['accuracy']:.3f}  (95% interval {a['low']:.3f} to {a['high']:.3f}), "
+                  f"P(finish) {a['finish']:.3f}, mean length {a['mean_len']:.0f}")
+    if reference:
+        print(f"  teacher, greedy  {reference['accuracy']:.3f}")
+    print("  seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in part.items()) + f", steps in all {final['total_seconds']:.1f}")
+    print(f"  {final['total_tokens_trained']:,} tokens trained on, {final['total_flop'] / 1e12:.3g} TFLOP, "
+          f"{final['total_flop'] / final['total_seconds'] / 1e9:.1f} GFLOP/s")
+    print(f"  checkpoint {saved}\n  talk to it: python sample.py --model {saved}\n  log {log_path}")
+
+
+if __name__ == "__main__":
+    run_command(train, parse_flags(Config, __doc__))

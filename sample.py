@@ -109,7 +109,7 @@ def generate(
 
     new_lens = new_lens.cpu()
     ends = torch.isin(tokens[torch.arange(B), lens.to(device) + new_lens.to(device) - 1], stops).cpu()
-    new_pairs = (new_lens - 1) * lens + new_lens * (new_lens - 1) // 2 + (new_lens - 1)  # token j of n sees P + j
+    new_pairs = (new_lens - 1) * lens + new_lens * (new_lens - 1) // 2  # the j-th of n - 1 tokens fed back sees P + j
     return Rollout(
         tokens[:, : int((lens + new_lens).max())].cpu(), lens, new_lens, ends, logprobs[:, : int(new_lens.max())].cpu(),
         pairs + int(new_pairs.sum()),

@@ -111,10 +111,11 @@ def check_flags(config: Config) -> None:
         raise InputError("--resume and --overwrite contradict each other")
 
 
-def open_run(config: Config) -> Path | None:
-    """Make out_dir ready. Returns the checkpoint to resume from, or None for a fresh run."""
+def find_run(config: Config) -> Path | None:
+    """The checkpoint to resume from, or None for a fresh run. Refuses what would destroy or mix up an earlier run."""
     out = Path(config.out_dir)
-    found = sorted(out.glob("step_*")) + [f for f in (out / "log.jsonl", out / "config.json") if f.exists()]
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out_dir {out} is a file, expected a folder")
     if config.resume:
         complete = [f for f in sorted(out.glob("step_*")) if (f / "state.json").is_file()]
         if not complete:
@@ -124,13 +125,26 @@ def open_run(config: Config) -> Path | None:
             if name not in MAY_CHANGE and before.get(name) != value:
                 raise InputError(f"--resume: --{name} is {value!r} now and was {before.get(name)!r} in {out}")
         return complete[-1]
-    if found and not config.overwrite:
+    if files_of_run(out) and not config.overwrite:
         raise InputError(f"--out_dir {out} already holds a run; continue it with --resume, discard it with --overwrite")
-    for path in found:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
     return None
+
+
+def files_of_run(out: Path) -> list[Path]:
+    return sorted(out.glob("step_*")) + [f for f in (out / "log.jsonl", out / "config.json") if f.exists()]
+
+
+def open_run(config: Config, resume_step: int | None) -> None:
+    """Make out_dir ready, once all there is to load has been loaded."""
+    out, log = Path(config.out_dir), Path(config.out_dir) / "log.jsonl"
+    if resume_step is None:
+        for path in files_of_run(out):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+    elif log.is_file():  # what was logged after the checkpoint will be logged again
+        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= resume_step]
+        log.write_text("".join(line + "\n" for line in kept))
 
 
 def save_checkpoint(config: Config, student: Transformer, tokenizer: Tokenizer, optimizer, step: int, totals: dict) -> Path:
@@ -152,6 +166,10 @@ def save_checkpoint(config: Config, student: Transformer, tokenizer: Tokenizer, 
             os.fsync(handle.fileno())
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
+    if os.name == "posix":
+        folder = os.open(out, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
     for old in sorted(out.glob("step_*"))[: -config.keep]:
         shutil.rmtree(old)
     return final
@@ -199,7 +217,7 @@ def train_on(
     split. A response's own positions are all that is supervised: the stop token if the student drew it, no invented stop
     where the prefix was cut, never the prompt.
     """
-    device, dtype = student.head.device, torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    device, half = student.head.device, config.dtype == "bfloat16"
     total_lens = rollout.prompt_lens + rollout.lens
     supervised = int(rollout.lens.sum())
     stats: dict[str, list] = {}
@@ -221,7 +239,7 @@ def train_on(
         with autocast():
             hidden_s = student(tokens[:, :-1])[mask]
         loss, row_stats = distill_loss(
-            hidden_s.to(dtype), student.head, hidden_t, head_t, loss=config.loss, temperature=config.temperature,
+            hidden_s.bfloat16() if half else hidden_s, student.head, hidden_t, head_t, loss=config.loss, temperature=config.temperature,
             beta=config.beta, targets=tokens[:, 1:][mask], vocab=vocab,
             token_weights=torch.full((len(hidden_s),), 1.0 / supervised, device=device),
             stop_ids=stop_ids if config.stop_class and teacher is not None else (),
@@ -312,6 +330,7 @@ def train(config: Config) -> None:
     check_flags(config)
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    resume_from = find_run(config)
     dtype = getattr(torch, config.dtype)
     half = dtype != torch.float32
 
@@ -333,7 +352,6 @@ def train(config: Config) -> None:
         vocab = min(vocab, teacher_tokenizer.vocab_size)
         stop_ids = tuple(sorted(i for i in {*stop_ids, *teacher_tokenizer.stop_ids} if i < vocab))
         teacher = Transformer.from_pretrained(teacher_folder, device, dtype).requires_grad_(False)
-    resume_from = open_run(config)
     if resume_from is None and config.init == "random":
         student = Transformer(load_config(student_folder)).initialize(config.seed).to(device)
     else:
@@ -369,10 +387,8 @@ def train(config: Config) -> None:
     print(f"{len(rows):,} prompts, {len(test):,} held-out problems; {device}, torch.mm at {rate / 1e9:,.0f} GFLOP/s")
     print(f"first prompt as the models see it: {tokenizer.decode(rows[0]['prompt_ids'])!r}")
 
+    open_run(config, None if resume_from is None else first_step)
     log_path = Path(config.out_dir) / "log.jsonl"
-    if resume_from is not None:  # what was logged after the checkpoint will be logged again
-        kept = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
-        log_path.write_text("".join(line + "\n" for line in kept))
 
     def log(record: dict) -> None:
         with open(log_path, "a", encoding="utf-8") as file:
@@ -389,13 +405,11 @@ def train(config: Config) -> None:
     def judge_student(step: int) -> dict[str, dict]:
         return {"greedy": judge(student, "student", step, 0.0), "sampled": judge(student, "student", step, config.temperature)}
 
-    before = after = reference = None
     if test and resume_from is None and config.init != "random":
         if teacher is not None:
             reference = judge(teacher, "teacher", 0, 0.0)
             print(f"teacher before the first step: greedy accuracy {reference['accuracy']:.3f}")
-        before = judge_student(0)
-        print("student before the first step: " + ", ".join(f"{k} accuracy {v['accuracy']:.3f}" for k, v in before.items()))
+        print("student before the first step: " + accuracies(judge_student(0)))
 
     interrupted = []
     signal.signal(signal.SIGINT, lambda *_: interrupted.append(1) if not interrupted else signal.default_int_handler(*_))
@@ -458,37 +472,45 @@ def train(config: Config) -> None:
         )
 
         last = step + 1 == config.steps or bool(interrupted)
+        if test and config.eval_every and (step + 1) % config.eval_every == 0 and not last:
+            bar.write(f"step {step + 1}: " + accuracies(judge_student(step + 1)))
         if last or (config.save_every and (step + 1) % config.save_every == 0):
             saved = save_checkpoint(config, student, tokenizer, optimizer, step + 1, totals)
-        if test and config.eval_every and (step + 1) % config.eval_every == 0 and not last:
-            found = judge_student(step + 1)
-            bar.write(f"step {step + 1}: " + ", ".join(f"{k} accuracy {v['accuracy']:.3f}" for k, v in found.items()))
         if last:
             break
     bar.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if first_step >= config.steps:
         print(f"nothing to do: the run in {config.out_dir} has its {config.steps} steps")
         return
     if test and not interrupted:
-        after = judge_student(step + 1)
-    summarize(log_path, saved, reference, before, after, bool(interrupted))
+        judge_student(step + 1)
+    summarize(log_path, saved)
 
 
-def summarize(log_path: Path, saved: Path, reference: dict | None, before: dict | None, after: dict | None, cut: bool) -> None:
-    """The last block: what was learned, what it cost, where it lies."""
-    steps = [r for r in map(json.loads, log_path.read_text().splitlines()) if "loss" in r]
-    part = {k: sum(r[f"seconds_{k}"] for r in steps) for k in ("sample", "teacher", "student")}
-    final = steps[-1]
-    print(f"\n{'interrupted after' if cut else 'done:'} {final['step']} steps, loss {steps[0]['loss']:.4f} -> {final['loss']:.4f}")
+def accuracies(judged: dict[str, dict]) -> str:
+    return ", ".join(f"{manner} accuracy {summary['accuracy']:.3f}" for manner, summary in judged.items())
+
+
+def summarize(log_path: Path, saved: Path) -> None:
+    """The last block, read from the log: what was learned, what it cost, where it lies."""
+    records = [json.loads(line) for line in log_path.read_text().splitlines()]
+    steps, judged = [r for r in records if "loss" in r], [r for r in records if "eval" in r]
+    first, final = steps[0], steps[-1]
+    print(f"\nafter {final['step']} steps: loss {first['loss']:.4f} -> {final['loss']:.4f}")
     for manner in ("greedy", "sampled"):
-        if after:
-            start = f"{before[manner]['accuracy']:.3f} -> " if before else ""
-            a = after[manner]
-            print(f"  {manner} accuracy  {start}{a['accuracy']:.3f}  (95% interval {a['low']:.3f} to {a['high']:.3f}), "
-                  f"P(finish) {a['finish']:.3f}, mean length {a['mean_len']:.0f}")
-    if reference:
-        print(f"  teacher, greedy  {reference['accuracy']:.3f}")
-    print("  seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in part.items()) + f", steps in all {final['total_seconds']:.1f}")
+        mine = [r for r in judged if r["eval"] == "student" and (r["temperature"] == 0) == (manner == "greedy")]
+        if mine and mine[-1]["step"] == final["step"]:
+            r = mine[-1]
+            print(f"  student, {manner + ':':8} accuracy " + (f"{mine[0]['accuracy']:.3f} -> " if mine[0]["step"] == 0 else "")
+                  + f"{r['accuracy']:.3f} (95% interval {r['low']:.3f} to {r['high']:.3f}), "
+                  f"P(finish) {r['finish']:.3f}, mean length {r['mean_len']:.0f}")
+    for r in judged:
+        if r["eval"] == "teacher":
+            print(f"  teacher, greedy:  accuracy {r['accuracy']:.3f}, mean length {r['mean_len']:.0f}")
+    spent = {part: sum(r[f"seconds_{part}"] for r in steps) for part in ("sample", "teacher", "student")}
+    print("  seconds: " + ", ".join(f"{part} {s:.1f}" for part, s in spent.items())
+          + f"; all steps {final['total_seconds']:.1f}, evaluations {sum(r['seconds'] for r in judged):.1f}")
     print(f"  {final['total_tokens_trained']:,} tokens trained on, {final['total_flop'] / 1e12:.3g} TFLOP, "
           f"{final['total_flop'] / final['total_seconds'] / 1e9:.1f} GFLOP/s")
     print(f"  checkpoint {saved}\n  talk to it: python sample.py --model {saved}\n  log {log_path}")

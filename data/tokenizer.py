@@ -46,6 +46,8 @@ class Tokenizer:
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file}: not a tokenizer this can read ({error!r})") from None
         self.vocab_size = 1 + max([*vocab.values(), *self.special.values()])
+        self.tokens = {i: token for token, i in (vocab | self.special).items()}
+        self.alphabet = byte_alphabet()
         self.nfc = (spec.get("normalizer") or {}).get("type") == "NFC"
         self.encoding = self.build_encoding(spec)
         self.hf = None  # the transformers tokenizer, loaded when something needs it
@@ -55,8 +57,7 @@ class Tokenizer:
 
     def build_encoding(self, spec: dict) -> tiktoken.Encoding | None:
         """The same BPE as a tiktoken.Encoding, or None where tiktoken cannot be the same."""
-        alphabet = byte_alphabet()
-        steps = (spec.get("pre_tokenizer") or {})
+        steps = spec.get("pre_tokenizer") or {}
         steps = steps.get("pretokenizers", [steps])
         patterns = [s["pattern"].get("Regex") for s in steps if s.get("type") == "Split" and s["behavior"] == "Isolated"]
         normalizer = (spec.get("normalizer") or {}).get("type")
@@ -67,7 +68,7 @@ class Tokenizer:
         ):
             return None
         vocab = {t: i for t, i in spec["model"]["vocab"].items() if t not in self.special}
-        ranks = {bytes(alphabet[c] for c in token): i for token, i in vocab.items()}
+        ranks = {bytes(self.alphabet[c] for c in token): i for token, i in vocab.items()}
         # tiktoken applies the merge whose result has the lowest id; Hugging Face the merge that is listed first.
         merges = [m if isinstance(m, list) else m.split(" ") for m in spec["model"]["merges"]]
         ids = [vocab[a + b] for a, b in merges]
@@ -119,12 +120,10 @@ class Tokenizer:
 
     def token_bytes(self, i: int) -> bytes:
         """The bytes that id i stands for (empty where the vocabulary has a gap), to compare two tokenizers."""
-        if self.encoding is None:
-            return (self.transformers().convert_ids_to_tokens(i) or "").encode()
-        try:
-            return self.encoding.decode_single_token_bytes(i)
-        except KeyError:
-            return b""
+        token = self.tokens.get(i, "")
+        if token in self.special or not all(c in self.alphabet for c in token):
+            return token.encode()
+        return bytes(self.alphabet[c] for c in token)
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """A prompt as the model expects it: through the chat template where the checkpoint has one, else as it is.

@@ -44,7 +44,7 @@ NAMES = [
     "Amy", "Bob", "Cat", "Dan", "Eve", "Fay", "Guy", "Hal", "Ivy", "Jim", "Kit", "Leo", "Mia",
     "Ned", "Oli", "Pam", "Quy", "Ray", "Sue", "Tom", "Uma", "Val", "Wes", "Xia", "Yan", "Zed",
 ]
-MAX_CHAIN = 9  # definitions between the question and a number, both ends counted
+MAX_CHAIN = 8  # definitions between the question and a number, both ends counted
 
 
 def make_problem(rng: random.Random) -> dict:
@@ -195,14 +195,14 @@ def train_tokenizer(rows: list[dict]) -> None:
     print(f"tokenizer: {tokenizer.get_vocab_size()} tokens, padded to {vocab_size}")
     stop = tokenizer.token_to_id("<|im_end|>")
     pad = tokenizer.token_to_id("<|endoftext|>")
-    for folder, width in (("teacher", 128), ("student", 96)):
+    for folder, width, kv_heads in (("teacher", 128, 4), ("student", 96, 2)):
         wrapped = PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=1024
         )
         wrapped.save_pretrained(HERE / folder)
         Qwen3Config(
             vocab_size=vocab_size, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=1024,
+            num_attention_heads=4, num_key_value_heads=kv_heads, head_dim=32, max_position_embeddings=1024,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=True,
             bos_token_id=None, eos_token_id=stop, pad_token_id=pad, architectures=["Qwen3ForCausalLM"], dtype="float32",
         ).save_pretrained(HERE / folder)

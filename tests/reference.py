@@ -1,0 +1,61 @@
+"""Slow, obvious versions of what the product does fast. Tests compare against these."""
+
+import torch
+from torch import Tensor
+
+
+def dense_loss(
+    hidden_s, head_s, hidden_t, head_t, *, loss, token_weights, temperature=1.0, beta=0.5, targets=None, stop_ids=(), vocab=None
+) -> Tensor:
+    """distill_loss written from the definitions, all logits at once, differentiated by autograd."""
+    vocab = vocab or min(head_s.shape[0], head_t.shape[0])
+    z = (hidden_s @ head_s.T)[:, :vocab] / temperature
+    t = (hidden_t @ head_t.T)[:, :vocab] / temperature
+    if len(stop_ids) > 1:  # a new vocabulary: everything else, then the class
+        rest = [i for i in range(vocab) if i not in stop_ids]
+        z, t = (torch.cat([x[:, rest], x[:, list(stop_ids)].logsumexp(-1, keepdim=True)], -1) for x in (z, t))
+        if targets is not None:
+            targets = torch.tensor([len(rest) if int(y) in stop_ids else rest.index(int(y)) for y in targets])
+    log_p, log_q = z.log_softmax(-1), t.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    if loss == "reverse_kl":
+        rows = (p * (log_p - log_q)).sum(-1)
+    elif loss == "forward_kl":
+        rows = (q * (log_q - log_p)).sum(-1)
+    elif loss == "jsd":
+        log_m = ((1 - beta) * p + beta * q).log()
+        rows = beta * (q * (log_q - log_m)).sum(-1) + (1 - beta) * (p * (log_p - log_m)).sum(-1)
+    else:
+        log_p_y, log_q_y = (x.gather(-1, targets[:, None])[:, 0] for x in (log_p, log_q))
+        rows = -(log_q_y - log_p_y).detach() * log_p_y if loss == "sampled_kl" else -log_p_y
+    return (rows * token_weights).sum()
+
+
+@torch.no_grad()
+def full_recompute(model, prompt: list[int], max_new_tokens: int, stop_ids, choose) -> list[int]:
+    """Sample one response by running the whole sequence again for every token. choose(logits (V,), step) -> id."""
+    response: list[int] = []
+    while len(response) < max_new_tokens:
+        hidden = model(torch.tensor([prompt + response]))
+        response.append(choose(hidden[0, -1] @ model.head.T, len(response)))
+        if response[-1] in stop_ids:
+            break
+    return response
+
+
+def solve(prompt: str) -> int:
+    """Answer a problem of the embedded task from its text alone, by substitution."""
+    *definitions, question = prompt.strip().split("\n")
+    known: dict[str, int] = {}
+    while question.rstrip("?") not in known:
+        for line in definitions:
+            name, expression = line.split("=")
+            for sign in "+-":
+                if sign in expression:
+                    ref, number = expression.split(sign)
+                    if ref in known:
+                        known[name] = known[ref] + int(sign + number)
+                    break
+            else:
+                known[name] = int(expression)
+    return known[question.rstrip("?")]

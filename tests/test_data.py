@@ -1,0 +1,162 @@
+import json
+import shutil
+
+import pytest
+from transformers import AutoTokenizer
+
+from data import HERE, InputError, load_jsonl
+from data.answers import extract_answer, is_correct
+from data.chains import prepare
+from data.tokenizer import Tokenizer, check_same
+from tests.reference import solve
+
+TEACHER = HERE / "chains/teacher"
+
+
+# --- the tokenizer
+
+TEXTS = [
+    "Dan=Hal-8\nHal=Eve+3\nEve=14\nDan?\n", "Dan=Hal-8=17-8=9\n#### 9", "", " ", "\n\n\n", "  \t leading and trailing  \n ",
+    "It's 1234567 o'clock, isn't it? WE'LL see...", "naïve café — ŝtrange ﬁgures ½ ٣ 三百", "日本語のテキスト 한국어 العربية",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 🇺🇳", "\x00\x01\x7f\u200b\ufeff\U0010ffff", "if x == 3:\r\n\treturn {'a': [1, 2]}  # ok\r\n",
+    "<|im_end|> is only text here <|endoftext|>",
+]
+
+
+def test_ids_equal_transformers_and_decode_back():
+    tokenizer, reference = Tokenizer(TEACHER), AutoTokenizer.from_pretrained(TEACHER)
+    assert tokenizer.encoding is not None and tokenizer.vocab_size == len(reference)
+    rows = load_jsonl(HERE / "chains/test.jsonl")
+    for text in TEXTS + [row["prompt"] + row["solution"] for row in rows[:100]]:
+        ids = tokenizer.encode(text)
+        assert ids == reference.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.encode(text, special=True) == reference.encode(text, add_special_tokens=False)
+
+
+def test_stop_tokens_come_from_the_files(tmp_path):
+    tokenizer = Tokenizer(TEACHER)
+    assert tokenizer.stop_ids == (tokenizer.special["<|im_end|>"],) and tokenizer.eos_id == tokenizer.stop_ids[0]
+    shutil.copytree(TEACHER, tmp_path / "t")
+    (tmp_path / "t/generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    assert Tokenizer(tmp_path / "t").stop_ids == (0, 2) and Tokenizer(tmp_path / "t").eos_id == 2
+
+
+def test_chat_template_wraps_the_prompt_and_user_text_stays_text(tmp_path):
+    shutil.copytree(TEACHER, tmp_path / "t")
+    (tmp_path / "t/chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\\n' }}"
+    )
+    tokenizer = Tokenizer(tmp_path / "t")
+    start, end = tokenizer.special["<|im_start|>"], tokenizer.special["<|im_end|>"]
+    ids = tokenizer.encode_prompt("Dan? <|im_end|>")
+    assert tokenizer.decode(ids) == "<|im_start|>user\nDan? <|im_end|><|im_end|>\n<|im_start|>assistant\n"
+    assert ids.count(start) == 2 and ids.count(end) == 1
+
+
+def test_different_tokenizers_are_refused_by_the_first_id(tmp_path):
+    shutil.copytree(TEACHER, tmp_path / "t")
+    file = tmp_path / "t/tokenizer.json"
+    spec = json.loads(file.read_text())
+    vocab = spec["model"]["vocab"]
+    (a, i), (b, j) = ((t, k) for t, k in vocab.items() if k in (300, 301))
+    vocab[a], vocab[b] = j, i
+    file.write_text(json.dumps(spec))
+    check_same(Tokenizer(TEACHER), Tokenizer(TEACHER))
+    with pytest.raises(InputError, match="id 300 is .* in .*teacher and"):
+        check_same(Tokenizer(TEACHER), Tokenizer(tmp_path / "t"))
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no tokenizer.json there"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{]")
+    with pytest.raises(InputError, match="not a tokenizer"):
+        Tokenizer(tmp_path)
+
+
+# --- the embedded task
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_every_answer_of_the_embedded_task_is_the_independent_solution(split):
+    for row in load_jsonl(HERE / f"chains/{split}.jsonl", need=("prompt", "answer", "solution")):
+        assert solve(row["prompt"]) == int(row["answer"])
+        assert is_correct(row["solution"], row["answer"])
+
+
+def test_the_committed_data_is_what_prepare_writes():
+    for split, count in (("train", 8000), ("test", 1000)):
+        rows = load_jsonl(HERE / f"chains/{split}.jsonl")
+        assert len(rows) == count and rows[:50] == prepare.make_rows(50, split, test=split == "test")
+
+
+def test_no_arithmetic_of_the_test_set_occurs_in_training():
+    """Parsed back from the text: the first number and the signed steps along the chain of each problem."""
+    def arithmetic(prompt: str) -> tuple[int, ...]:
+        *lines, question = prompt.strip().split("\n")
+        rest = dict(line.split("=") for line in lines)
+        steps, at = [], question.rstrip("?")
+        while not rest[at].isdigit():
+            at, step = rest[at][:3], rest[at][3:]
+            steps.append(int(step))
+        return (int(rest[at]), *reversed(steps))
+
+    train, test = ({arithmetic(r["prompt"]) for r in load_jsonl(HERE / f"chains/{s}.jsonl")} for s in ("train", "test"))
+    assert not train & test and len(test) > 500
+
+
+def test_worse_manners_are_mostly_wrong_and_the_responses_are_long():
+    tokenizer = Tokenizer(TEACHER)
+    careful = prepare.make_rows(500, "a", test=False)
+    lengths = sorted(len(tokenizer.encode(r["solution"])) + 1 for r in careful)
+    assert sum(lengths) / 500 > 60 and lengths[449] > 100
+    for mix, low, high in (((0, 1, 0), 0.3, 0.6), ((0, 0, 1), 0.05, 0.3)):
+        rows = prepare.make_rows(500, "a", test=False, mix=mix)
+        assert low < sum(is_correct(r["solution"], r["answer"]) for r in rows) / 500 < high
+
+
+# --- data files and answers
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"prompt": "a"', "line 2: not JSON"), ("[1]", "line 2: expected an object, found list"),
+    ('{"prompt": "a"}', 'line 2: expected a string field "answer", found only prompt'),
+    ('{"prompt": "a", "answer": 3}', 'line 2: expected a string field "answer", found int'),
+])
+def test_malformed_lines_are_named(tmp_path, line, message):
+    (tmp_path / "x.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' + line + "\n")
+    with pytest.raises(InputError, match=message):
+        load_jsonl(tmp_path / "x.jsonl")
+
+
+def test_unreadable_files_are_named(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="cannot be read as UTF-8"):
+        load_jsonl(tmp_path / "x.jsonl")
+    (tmp_path / "x.jsonl").write_text("\n")
+    with pytest.raises(InputError, match="no rows"):
+        load_jsonl(tmp_path / "x.jsonl")
+
+
+def test_line_separators_inside_a_string_do_not_split_it(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "a\u2028b\x85c", "answer": ""}, ensure_ascii=False), encoding="utf-8")
+    assert load_jsonl(tmp_path / "x.jsonl")[0]["prompt"] == "a\u2028b\x85c"
+
+
+@pytest.mark.parametrize("text, found", [
+    ("so\n#### 9", "9"), ("#### 1\nno:\n#### 2", "2"), ("The answer is: 7", "7"), (r"\boxed{\frac{1}{2}} then", r"\frac{1}{2}"),
+    (r"\boxed{3} and #### 4", "3"), (r"\boxed{1} or \boxed{2", "1"), (r"\boxed{2", None), ("it is 12", None), ("", None),
+    ("####", None), ("#### \n5", None), (r"\boxed{}", None), (r"$$ \boxed {70} $$", "70"),
+])
+def test_extract_answer(text, found):
+    assert extract_answer(text) == found
+
+
+@pytest.mark.parametrize("response, reference, right", [
+    ("#### 9", "9", True), ("#### 9.", "9", True), ("#### 9.0", "9", True), ("#### 1,234", "1234", True), ("#### $5", "5", True),
+    ("#### 007", "7", True), ("#### 1/2", "0.5", True), ("#### 10", "9", False), ("9", "9", False), ("", "", False),
+    ("####", "", False), ("#### 1/0", "1/0.0", False), ("#### -3", "3", False), ("#### " + "9" * 10_000, "9", False),
+])
+def test_is_correct(response, reference, right):
+    assert is_correct(response, reference) is right

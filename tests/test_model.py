@@ -1,0 +1,168 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from data import HERE, InputError
+from model import KVCache, Transformer, count_flops
+
+SMALL = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "initializer_range": 0.2,
+}
+FAMILIES = {
+    "qwen3": Qwen3Config(**SMALL, num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False),
+    "qwen3-tied": Qwen3Config(**SMALL, num_attention_heads=6, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**SMALL, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True),
+    "llama": LlamaConfig(**SMALL, num_attention_heads=6, num_key_value_heads=3, tie_word_embeddings=False),
+    "llama-biases": LlamaConfig(
+        **SMALL, num_attention_heads=4, num_key_value_heads=4, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+    ),
+}
+
+
+def reference_model(family: str, seed: int = 0):
+    """The transformers model with random weights everywhere, norms and biases included."""
+    torch.manual_seed(seed)
+    reference = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation="eager").float().eval()
+    with torch.no_grad():
+        for p in reference.parameters():
+            if p.dim() == 1:
+                p.add_(0.3 * torch.randn_like(p))
+    return reference
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_equal_transformers(family, tmp_path):
+    reference = reference_model(family)
+    reference.save_pretrained(tmp_path)
+    model = Transformer.from_pretrained(tmp_path)
+    tokens = torch.randint(0, 97, (3, 40), generator=torch.Generator().manual_seed(1))
+    logits, expected = model(tokens) @ model.head.T, reference(tokens).logits
+    assert (logits - expected).norm() / expected.norm() < 1e-5
+    probe = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+    (logits * probe).sum().backward()
+    (expected * probe).sum().backward()
+    theirs = dict(reference.named_parameters())
+    for name, p in model.named_parameters():
+        # relative to the norm, but for gradients that are zero in exact arithmetic (a key bias shifts all scores alike)
+        assert (p.grad - theirs[name].grad).norm() <= 1e-5 * theirs[name].grad.norm() + 1e-4, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_model_reloads_in_transformers(family, tmp_path):
+    model = Transformer(FAMILIES[family]).initialize(seed=3)
+    model.save_pretrained(tmp_path)
+    reference, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokens = torch.arange(60).view(2, 30)
+    expected = reference(tokens).logits
+    assert ((model(tokens) @ model.head.T) - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_decoding_equals_the_full_forward(family):
+    """Prefill ragged prompts, decode some tokens each, and compare every hidden state with the forward of the whole row."""
+    model = Transformer(FAMILIES[family]).initialize(seed=4).double()
+    lens, new = torch.tensor([1, 7, 4]), 6
+    tokens = torch.randint(0, 97, (3, 13), generator=torch.Generator().manual_seed(5))
+    full = model(tokens)  # row i holds lens[i] + new tokens of interest, the rest is never looked at
+    cache = KVCache(model.config, 3, 13, "cpu", torch.float64)
+    with torch.no_grad():
+        prefill = model(tokens[:, :7], cache=cache)
+        for i, n in enumerate(lens):
+            assert torch.allclose(prefill[i, :n], full[i, :n], atol=1e-10)
+        for step in range(new):
+            at = (lens + step)[:, None]
+            hidden = model(tokens.gather(1, at), positions=at, cache=cache, slots=7 + step + 1)
+            assert torch.allclose(hidden, full[torch.arange(3)[:, None], at], atol=1e-10)
+
+
+def test_padding_on_the_right_is_not_seen():
+    model = Transformer(FAMILIES["qwen3"]).initialize(seed=6).double()
+    tokens = torch.randint(0, 97, (1, 9))
+    padded = torch.cat([tokens, torch.randint(0, 97, (1, 5))], dim=1)
+    assert torch.allclose(model(tokens), model(padded)[:, :9], atol=1e-12)
+
+
+def test_sharded_checkpoints_load(tmp_path):
+    model = Transformer(FAMILIES["llama"]).initialize(seed=7)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names, index = sorted(weights), {}
+    for shard, part in enumerate((names[:10], names[10:])):
+        file = f"model-{shard + 1:05d}-of-00002.safetensors"
+        save_file({n: weights[n] for n in part}, tmp_path / file)
+        index |= dict.fromkeys(part, file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    loaded = Transformer.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
+
+
+def test_unusable_checkpoints_are_refused_by_name(tmp_path):
+    Transformer(FAMILIES["qwen3"]).initialize(seed=8).save_pretrained(tmp_path / "good")
+
+    def broken(name):
+        shutil.copytree(tmp_path / "good", tmp_path / name)
+        return tmp_path / name, load_file(tmp_path / "good/model.safetensors")
+
+    folder, weights = broken("missing")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(InputError, match="model.layers.1.mlp.up_proj.weight is missing"):
+        Transformer.from_pretrained(folder)
+    folder, weights = broken("extra")
+    save_file(weights | {"model.layers.0.surprise": torch.zeros(2)}, folder / "model.safetensors")
+    with pytest.raises(InputError, match="model.layers.0.surprise has no place"):
+        Transformer.from_pretrained(folder)
+    folder, weights = broken("shape")
+    save_file(weights | {"model.norm.weight": torch.zeros(2)}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"model.norm.weight has shape \(2,\)"):
+        Transformer.from_pretrained(folder)
+    folder, _ = broken("torn")
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match="not a complete safetensors file"):
+        Transformer.from_pretrained(folder)
+    folder, _ = broken("pickle")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="no model.safetensors there"):
+        Transformer.from_pretrained(folder)
+    for name, change, message in (
+        ("family", {"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
+        ("rope", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'yarn'"),
+    ):
+        folder, _ = broken(name)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(InputError, match=message):
+            Transformer.from_pretrained(folder)
+    with pytest.raises(InputError, match="no config.json there"):
+        Transformer.from_pretrained(str(tmp_path))
+    with pytest.raises(InputError, match="no such folder"):
+        Transformer.from_pretrained(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flop_count_equals_torch(family):
+    """torch counts causal attention as the full square, so the count is compared under that convention."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = Transformer(FAMILIES[family]).initialize(seed=9)
+    tokens = torch.randint(0, 97, (2, 30))
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(tokens)[:, -3:].reshape(6, 48) @ model.head.T
+    assert counter.get_total_flops() == count_flops(model.config, 60, 2 * 30 * 30, 6)
+
+
+def test_embedded_pair_loads_in_transformers():
+    for name in ("teacher", "student"):
+        folder = HERE / "chains" / name
+        model, reference = Transformer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+        tokens = torch.randint(0, 424, (2, 50), generator=torch.Generator().manual_seed(0))
+        expected = reference.float()(tokens).logits
+        assert ((model(tokens) @ model.head.T) - expected).norm() / expected.norm() < 1e-5

@@ -1,0 +1,272 @@
+import contextlib
+import json
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from data import HERE, load_jsonl
+from data.tokenizer import Tokenizer
+from model import Transformer
+from sample import Rollout, generate
+
+ROOT = Path(train.__file__).parent
+STUDENT, TEACHER = HERE / "chains/student", HERE / "chains/teacher"
+TINY = ["--steps", "3", "--batch_size", "6", "--micro_batch", "4", "--prefix_len", "20", "--eval_problems", "8",
+        "--max_new_tokens", "60"]
+
+
+def run(*command: str, cwd=ROOT) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+
+
+# --- the gradient of a step
+
+
+@pytest.fixture(scope="module")
+def step():
+    """A rollout of the embedded student, in float64, with rows cut at the cap and rows that ended."""
+    student, teacher = (Transformer.from_pretrained(f, dtype=torch.float64) for f in (STUDENT, TEACHER))
+    tokenizer = Tokenizer(STUDENT)
+    prompts = [tokenizer.encode_prompt(r["prompt"]) for r in load_jsonl(HERE / "chains/train.jsonl")[:10]]
+    rollout = generate(student, prompts, 40, tokenizer.stop_ids, generator=torch.Generator().manual_seed(0))
+    return student, teacher.requires_grad_(False), rollout, tokenizer
+
+
+def gradient(step, **flags):
+    student, teacher, rollout, tokenizer = step
+    student.zero_grad(set_to_none=True)
+    stats = train.train_on(
+        rollout, student, teacher, train.Config(dtype="float32", **flags), tokenizer.vocab_size, tokenizer.stop_ids,
+        contextlib.nullcontext, {"teacher": 0.0, "student": 0.0},
+    )
+    return {name: p.grad.clone() for name, p in student.named_parameters()}, stats
+
+
+def test_micro_batches_do_not_change_the_gradient(step):
+    whole, stats = gradient(step, micro_batch=10)
+    for micro_batch in (1, 3):
+        parts, _ = gradient(step, micro_batch=micro_batch)
+        for name in whole:
+            assert torch.allclose(whole[name], parts[name], rtol=1e-8, atol=1e-12), name
+    assert len(stats["kl"]) == int(step[2].lens.sum())
+
+
+def test_the_gradient_is_that_of_the_definition(step):
+    """One row at a time, no padding, logits of every position, the divergence from its definition, autograd."""
+    student, teacher, rollout, tokenizer = step
+    found, stats = gradient(step)
+    student.zero_grad(set_to_none=True)
+    total = 0.0
+    for i, (start, n) in enumerate(zip(rollout.prompt_lens.tolist(), rollout.lens.tolist())):
+        tokens = rollout.tokens[i : i + 1, : start + n]
+        log_p, log_q = (
+            (m(tokens) @ m.head[: tokenizer.vocab_size].T).log_softmax(-1)[0, start - 1 : start + n - 1]
+            for m in (student, teacher)
+        )
+        total = total + (log_p.exp() * (log_p - log_q)).sum()
+    loss = total / rollout.lens.sum()
+    loss.backward()
+    assert abs(stats["loss"].mean() - loss) < 1e-9
+    for name, p in student.named_parameters():
+        assert torch.allclose(p.grad, found[name], rtol=1e-6, atol=1e-10), name
+
+
+def test_student_equal_to_teacher_learns_nothing(step):
+    teacher = step[1]
+    twin = Transformer.from_pretrained(TEACHER, dtype=torch.float64)
+    found, stats = gradient((twin, teacher, *step[2:]))
+    assert stats["kl"].abs().max() < 1e-12
+    assert max(g.abs().max() for g in found.values()) < 1e-12
+
+
+def test_positions_count_from_the_first_response_token(step):
+    _, stats = gradient(step)
+    counts = torch.bincount(stats["position"])
+    lens = step[2].lens
+    assert counts.tolist() == [int((lens > i).sum()) for i in range(int(lens.max()))]
+    curve = train.by_position(stats["kl"], stats["position"])
+    assert list(curve) == ["0", "1", "2", "4", "8", "16", "32"]
+    assert math.isclose(curve["2"], stats["kl"][(stats["position"] == 2) | (stats["position"] == 3)].mean(), rel_tol=1e-9)
+
+
+def test_no_stop_is_invented_at_the_cut():
+    rows = [{"prompt_ids": [5, 6], "solution_ids": [7, 8, 9]}, {"prompt_ids": [5], "solution_ids": [7]}]
+    rollout = train.data_rollout(rows, eos_id=2, prefix_len=3)
+    assert rollout.response(0) == [7, 8, 9] and rollout.response(1) == [7, 2]
+    assert rollout.finished.tolist() == [False, True]
+
+
+def test_every_epoch_sees_every_row_once():
+    rows, config = list(range(10)), train.Config(batch_size=4, seed=3)
+    seen = [r for s in range(5) for r in train.batch_of(rows, s, config)]
+    assert sorted(seen[:10]) == rows and sorted(seen[10:20]) == rows and seen[:10] != seen[10:20]
+    assert train.batch_of(rows, 2, config) == seen[8:12]
+    assert train.batch_of(rows, 2, replace(config, seed=4)) != seen[8:12]
+
+
+def test_flop_books_follow_the_tokens(step):
+    student, teacher, rollout, _ = step
+    books = train.flop_books(rollout, student, student, teacher)
+    alone = Rollout(rollout.tokens[:1], rollout.prompt_lens[:1], rollout.lens[:1], rollout.finished[:1], rollout.logprobs, 0)
+    n, p = int(rollout.lens[0]), int(rollout.prompt_lens[0])
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        teacher(rollout.tokens[:1, : p + n - 1])[:, -n:] @ teacher.head.T
+    one = train.flop_books(alone, student, student, teacher)["flop_teacher"]
+    t, c = p + n - 1, teacher.config  # torch counts all T x T pairs, the books the T(T+1)/2 attended ones
+    assert one == counter.get_total_flops() - 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * t * (t - 1) / 2
+    assert books["flop_student"] > books["flop_sample"] > 0
+
+
+# --- the commands, as a user runs them
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    result = run("train.py", *TINY, "--out_dir", out)
+    assert result.returncode == 0, result.stderr
+    return out, result
+
+
+def records(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def comparable(out: Path) -> list[dict]:
+    """The log without what a clock or the operating system says."""
+    def clock(key):
+        return "second" in key or "per_s" in key or key in ("peak_memory", "matmul_share")
+
+    return [{k: v for k, v in r.items() if not clock(k)} for r in records(out)]
+
+
+def test_train_prints_and_logs_what_the_readme_promises(finished_run):
+    out, result = finished_run
+    for text in ("greedy accuracy", "sampled accuracy", "student, greedy", "teacher, greedy", "seconds: sample", "checkpoint", "KL/token", "tok/s"):
+        assert text in result.stdout + result.stderr
+    steps = [r for r in records(out) if "loss" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3]
+    readme = (ROOT / "README.md").read_text()
+    for key in steps[0]:
+        assert f"`{key}`" in readme, f"the glossary of README.md lacks {key}"
+    assert all(r["kl"] >= 0 and r["response_len"] <= 20 for r in steps)
+    assert steps[-1]["total_tokens_trained"] == sum(r["tokens"] for r in steps)
+
+
+def test_the_same_command_gives_the_same_log(finished_run, tmp_path):
+    assert run("train.py", *TINY, "--out_dir", tmp_path / "again").returncode == 0
+    assert comparable(tmp_path / "again") == comparable(finished_run[0])
+
+
+def test_a_resumed_run_equals_one_left_alone(finished_run, tmp_path):
+    out = tmp_path / "cut"
+    assert run("train.py", *TINY, "--out_dir", out, "--steps", "2", "--eval_problems", "8").returncode == 0
+    result = run("train.py", *TINY, "--out_dir", out, "--resume")
+    assert result.returncode == 0, result.stderr
+    last = [[r for r in comparable(o) if "loss" in r][-1] for o in (out, finished_run[0])]
+    assert last[0] == last[1]
+    a, b = (load_file(o / "step_000003/model.safetensors") for o in (out, finished_run[0]))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    changed = run("train.py", *TINY, "--out_dir", out, "--resume", "--lr", "1e-3")
+    assert changed.returncode == 2 and "--lr is 0.001 now and was 0.0002" in changed.stderr
+
+
+def test_the_saved_student_reloads_in_transformers_with_the_same_logits(finished_run):
+    folder = finished_run[0] / "step_000003"
+    ours, theirs = Transformer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = AutoTokenizer.from_pretrained(folder)("Dan=Hal-8\nHal=5\nDan?\n", return_tensors="pt").input_ids
+    expected = theirs(ids).logits
+    assert ((ours(ids) @ ours.head.T) - expected).norm() / expected.norm() < 1e-5
+
+
+def test_sample_shows_both_models_side_by_side():
+    result = run("sample.py", "--max_new_tokens", "150")
+    assert result.returncode == 0, result.stderr
+    assert "--- chains/teacher:" in result.stdout and "--- chains/student:" in result.stdout and "####" in result.stdout
+    own = run("sample.py", "--prompt", "Dan=Hal-8\nHal=25\nDan?\n", "--model", TEACHER)
+    assert own.returncode == 0 and "#### 17" in own.stdout
+
+
+def test_eval_prints_the_summary_and_keeps_every_response(tmp_path):
+    result = run("eval.py", "--model", TEACHER, "--num_problems", "20", "--num_samples", "2", "--temperature", "1",
+                 "--out", tmp_path / "e.json")
+    assert result.returncode == 0, result.stderr
+    for text in ("accuracy ", "95% interval", "P(finish)", "accuracy given finish", "mean length", "cap rate"):
+        assert text in result.stdout
+    assert len(json.loads((tmp_path / "e.json").read_text())["responses"]) == 40
+
+
+@pytest.mark.parametrize("flags", [
+    ("--rollout", "data", "--loss", "cross_entropy"), ("--rollout", "data", "--loss", "forward_kl"),
+    ("--rollout", "teacher", "--loss", "cross_entropy"), ("--rollout", "student", "--loss", "jsd", "--beta", "0.3"),
+    ("--rollout", "student", "--loss", "sampled_kl"), ("--init", "random", "--rollout", "data", "--loss", "cross_entropy"),
+    ("--dtype", "bfloat16", "--lr_schedule", "cosine", "--weight_decay", "0.1", "--temperature", "0.8"),
+])
+def test_other_sources_and_losses_run(flags, tmp_path):
+    result = run("train.py", *TINY, "--eval_problems", "0", "--steps", "2", *flags, "--out_dir", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert all(math.isfinite(r["loss"]) for r in records(tmp_path / "out"))
+
+
+# --- bad input: one line, status 2
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "text.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"\n')
+    (folder / "used").mkdir()
+    (folder / "used/log.jsonl").write_text("")
+    shutil.copytree(TEACHER, folder / "other")
+    spec = json.loads((folder / "other/tokenizer.json").read_text())
+    vocab = spec["model"]["vocab"]
+    (a, i), (b, j) = list(vocab.items())[300:302]
+    vocab[a], vocab[b] = j, i
+    (folder / "other/tokenizer.json").write_text(json.dumps(spec))
+    shutil.copytree(TEACHER, folder / "torn")
+    weights = load_file(TEACHER / "model.safetensors")
+    save_file({k: v for k, v in weights.items() if k != "model.norm.weight"}, folder / "torn/model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("command, message", [
+    ("train.py --prefix_length 8", "unknown flag --prefix_length; did you mean --prefix_len?"),
+    ("train.py --prefix_len=many", "--prefix_len: invalid int value: 'many'"),
+    ("train.py --prefix_len", "--prefix_len: expected one argument"),
+    ("train.py --prefix_len 0", "--prefix_len must be at least 1, found 0"),
+    ("train.py --loss kl", "--loss kl: expected one of reverse_kl"),
+    ("train.py --lr -1", "--lr must be positive, found -1.0"),
+    ("train.py --data nothing.jsonl", "--data nothing.jsonl: no file nothing.jsonl"),
+    ("train.py --data BAD/text.jsonl", "text.jsonl, line 2: not JSON"),
+    ("train.py --student BAD", "no tokenizer.json there"),
+    ("train.py --student BAD/nowhere", "no such folder"),
+    ("train.py --teacher BAD/torn", "model.norm.weight is missing"),
+    ("train.py --teacher BAD/other", "student and teacher have different tokenizers: id"),
+    ("train.py --out_dir BAD/used", "already holds a run; continue it with --resume, discard it with --overwrite"),
+    ("train.py --out_dir BAD/new --resume", "--resume: no complete checkpoint in --out_dir"),
+    ("sample.py --indx 3", "unknown flag --indx; did you mean --index?"),
+    ("sample.py --index 5000", "--index 5000: the data has rows 0 to 999"),
+    ("sample.py --model BAD/nowhere", "no such folder"),
+    ("eval.py --model BAD/torn", "model.norm.weight is missing"),
+    ("eval.py --data BAD/text.jsonl", "text.jsonl, line 2: not JSON"),
+    ("eval.py --num_samples 0", "--num_samples must be at least 1, found 0"),
+])
+def test_bad_input_is_one_clear_line_and_status_2(bad, command, message):
+    result = run(*command.replace("BAD", str(bad)).split(), "--device", "cpu", *(
+        ["--out_dir", str(bad / "out")] if command.startswith("train") and "--out_dir" not in command else []
+    ))
+    assert result.returncode == 2
+    assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert not (bad / "out").exists()

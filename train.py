@@ -241,7 +241,7 @@ def train_on(
         loss, row_stats = distill_loss(
             hidden_s.bfloat16() if half else hidden_s, student.head, hidden_t, head_t, loss=config.loss, temperature=config.temperature,
             beta=config.beta, targets=tokens[:, 1:][mask], vocab=vocab,
-            token_weights=torch.full((len(hidden_s),), 1.0 / supervised, device=device),
+            token_weights=torch.full((len(hidden_s),), 1.0 / supervised, device=device, dtype=student.head.dtype),
             stop_ids=stop_ids if config.stop_class and teacher is not None else (),
         )
         loss.backward()

@@ -1,6 +1,6 @@
 """Accuracy of a checkpoint on problems with a verifiable answer, with the numbers that keep accuracy honest.
 
-    python eval.py --model data/chains/student --data chains
+    python eval.py --model chains/student --data chains
     python eval.py --model out/step_000030 --data chains --temperature 1 --num_samples 4
 
 A response is right when its stated answer equals the reference (data/answers.py). Since a model trained on prefixes may stop
@@ -69,7 +69,7 @@ def evaluate(
             generator, vocab or tokenizer.vocab_size,
         )
         for k, i in enumerate(part):
-            text = tokenizer.decode(rollout.response(k))
+            text = tokenizer.decode(rollout.text_ids(k))
             records.append({
                 "problem": i, "prompt": rows[i]["prompt"], "answer": rows[i]["answer"], "response": text,
                 "extracted": extract_answer(text), "correct": is_correct(text, rows[i]["answer"]),
@@ -89,7 +89,7 @@ def evaluate(
 
 @dataclass
 class Config:
-    model: str = flag("data/chains/student", "checkpoint folder or hub name")
+    model: str = flag("chains/student", "checkpoint folder or hub name")
     data: str = flag("chains", "data set: a name (its test split) or a .jsonl file with prompt and answer")
     num_problems: int = flag(0, "evaluate the first this many problems; 0 takes all")
     num_samples: int = flag(1, "responses per problem; accuracy is their mean (avg@k)")

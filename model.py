@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data import InputError
+from data import HERE, InputError
 
 
 class RMSNorm(nn.Module):
@@ -273,10 +273,11 @@ def check_config(config) -> None:
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """The local folder of a checkpoint given as a folder or as the name of a hub repository (downloaded, then cached)."""
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
+    """The local folder of a checkpoint given as a folder, as one of those in data/ (`chains/teacher`), or as the name of a
+    repository on the Hugging Face hub, which is downloaded and cached."""
+    for folder in (Path(path), HERE / path):
+        if folder.is_dir():
+            return folder
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise InputError(f"{path}: no such folder, and not the name of a hub repository (owner/name)")
     from huggingface_hub import snapshot_download

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data import HERE, InputError, flag, load_jsonl, parse_flags, resolve, run_command
+from data import InputError, flag, load_jsonl, parse_flags, resolve, run_command
 from data.tokenizer import Tokenizer
 from model import KVCache, Transformer, checkpoint_folder
 
@@ -30,8 +30,13 @@ class Rollout:
     pairs: int  # (query, key) pairs attended, prefill and decoding, for the FLOP count
 
     def response(self, i: int) -> list[int]:
+        """Ids of response i, the stop token included where there is one."""
         start = int(self.prompt_lens[i])
         return self.tokens[i, start : start + int(self.lens[i])].tolist()
+
+    def text_ids(self, i: int) -> list[int]:
+        """Ids of response i without the stop token: what there is to read."""
+        return self.response(i)[:-1] if self.finished[i] else self.response(i)
 
 
 @torch.no_grad()
@@ -165,7 +170,7 @@ def main(config: Config) -> None:
         prompt, answer = rows[config.index]["prompt"], rows[config.index]["answer"]
     print(prompt.rstrip("\n") + (f"\n(the answer is {answer})" if answer is not None else ""))
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for path in [config.model] if config.model else [str(HERE / "chains/teacher"), str(HERE / "chains/student")]:
+    for path in [config.model] if config.model else ["chains/teacher", "chains/student"]:
         folder = checkpoint_folder(path)
         tokenizer = Tokenizer(folder)
         model = Transformer.from_pretrained(folder, device)
@@ -177,7 +182,7 @@ def main(config: Config) -> None:
         for i in range(config.num_samples):
             how = "stopped by itself" if rollout.finished[i] else "cut at the cap"
             print(f"\n--- {folder.parent.name}/{folder.name}: {int(rollout.lens[i])} tokens, {how}")
-            print(tokenizer.decode(rollout.response(i)))
+            print(tokenizer.decode(rollout.text_ids(i)))
 
 
 if __name__ == "__main__":

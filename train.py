@@ -42,8 +42,8 @@ from sample import Rollout, generate
 @dataclass
 class Config:
     # The pair and the data
-    student: str = flag(str(HERE / "chains/student"), "checkpoint folder or hub name of the model that learns")
-    teacher: str = flag(str(HERE / "chains/teacher"), "checkpoint folder or hub name of the frozen model that scores")
+    student: str = flag("chains/student", "checkpoint folder or hub name of the model that learns")
+    teacher: str = flag("chains/teacher", "checkpoint folder or hub name of the frozen model that scores")
     init: str = flag("pretrained", "pretrained, or random: only --student's configuration, with fresh weights from --seed")
     data: str = flag("chains", "training prompts: a name (data/NAME/train.jsonl) or a .jsonl file")
     eval_data: str = flag("", "held-out problems, a name or a .jsonl file; empty takes --data's own test split, if it has one")

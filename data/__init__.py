@@ -69,14 +69,15 @@ def parse_flags(cls, doc: str, argv: list[str] | None = None):
         return text.lower() in ("true", "1")
 
     parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, exit_on_error=False
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, exit_on_error=False,
+        usage=f"{Path(sys.argv[0]).name} [--flag value ...]",
     )
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for name, f in fields.items():
         kind = type(f.default)
         help = f"{f.metadata['help']} ({f.default!r})"
         if kind is bool:
-            parser.add_argument(f"--{name}", type=boolean, nargs="?", const=True, default=f.default, help=help, metavar="")
+            parser.add_argument(f"--{name}", type=boolean, nargs="?", const=True, default=f.default, help=help, metavar="bool")
         else:
             parser.add_argument(f"--{name}", type=kind, default=f.default, help=help, metavar=kind.__name__)
     try:

@@ -26,7 +26,7 @@ Two worse manners of answering exist, for the student to have read:
 
 `python data/chains/prepare.py` writes train.jsonl and test.jsonl (they are committed; running it again changes nothing).
 `--sft` also writes the text the pair was trained on (not committed): sft_careful.jsonl and sft_mixed.jsonl.
-`--tokenizer` trains the tokenizer and writes it, with the model configurations, into teacher/ and student/.
+`--curves` draws the readme's picture. `--tokenizer` trains the tokenizer and writes it, with the model configurations, into teacher/ and student/.
 
 No problem of the test set is in training, by construction: a problem belongs to the test set if and only if a hash of its
 *arithmetic* (the first number and the operations along the chain, in order, whatever the names, the distractors and the
@@ -209,11 +209,46 @@ def train_tokenizer(rows: list[dict]) -> None:
         GenerationConfig(eos_token_id=stop, pad_token_id=pad).save_pretrained(HERE / folder)
 
 
+def draw_curves(logs: dict[str, Path]) -> None:
+    """curves.png for the readme: training loss (mean of 100 steps) and held-out greedy accuracy from train.py's logs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    for (name, log), color in zip(logs.items(), ("#0072B2", "#D55E00")):
+        records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        loss = [r["loss"] for r in records if "loss" in r]
+        left.plot(
+            [i + 50 for i in range(0, len(loss) - 99, 100)], [sum(loss[i : i + 100]) / 100 for i in range(0, len(loss) - 99, 100)],
+            color=color, label=name,
+        )
+        for temperature, style in ((0.0, "o-"), (1.0, "o:")):
+            judged = [r for r in records if "eval" in r and r["temperature"] == temperature]
+            right.plot(
+                [r["step"] for r in judged], [r["accuracy"] for r in judged], style, color=color,
+                label=f"{name}, {'greedy' if temperature == 0 else 'sampled'}",
+            )
+    left.set(title="Supervised training loss", xlabel="step", ylabel="cross-entropy, nats per token", yscale="log")
+    right.set(title="Accuracy on held-out problems", xlabel="step", ylabel="share right", ylim=(0, 1.02))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(HERE / "curves.png", dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sft", action="store_true", help="also write the supervised text of the pair (200,000 rows each)")
     parser.add_argument("--tokenizer", action="store_true", help="train the tokenizer and write it with the configurations")
+    parser.add_argument(
+        "--curves", nargs=2, type=Path, metavar=("TEACHER_LOG", "STUDENT_LOG"), help="only draw curves.png from two log.jsonl"
+    )
     args = parser.parse_args()
+    if args.curves:
+        draw_curves(dict(zip(("teacher", "student"), args.curves)))
+        return
 
     train, test = make_rows(8000, "train", test=False), make_rows(1000, "test", test=True)
     assert not {r["prompt"] for r in train} & {r["prompt"] for r in test}

@@ -19,7 +19,7 @@ import torch
 from data import InputError, flag, load_jsonl, parse_flags, resolve, run_command
 from data.answers import extract_answer, is_correct
 from data.tokenizer import Tokenizer
-from model import Transformer, checkpoint_folder
+from model import Transformer, checkpoint_folder, choose_device
 from sample import generate
 
 
@@ -111,7 +111,7 @@ def main(config: Config) -> None:
     rows = rows[: config.num_problems or None]
     folder = checkpoint_folder(config.model)
     tokenizer = Tokenizer(folder)
-    model = Transformer.from_pretrained(folder, config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = Transformer.from_pretrained(folder, choose_device(config.device))
     s, records = evaluate(
         model, tokenizer, rows, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
         top_k=config.top_k or None, top_p=config.top_p, num_samples=config.num_samples, batch_size=config.batch_size,

@@ -12,7 +12,6 @@ never exists.
 Read in this order: RMSNorm, rope, Attention, KVCache, MLP, Block, Transformer, and last the books (`count_flops`).
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data import HERE, InputError
+from data import HERE, InputError, read_json
 
 
 class RMSNorm(nn.Module):
@@ -214,7 +213,7 @@ class Transformer(nn.Module):
             model = cls(load_config(folder))
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+            files = sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
         else:
             files = [folder / "model.safetensors"]
         expected = dict(model.named_parameters())
@@ -270,6 +269,16 @@ def check_config(config) -> None:
         raise InputError(f"hidden_act {config.hidden_act!r} is not supported (silu is)")
     if getattr(config, "use_sliding_window", False):
         raise InputError("use_sliding_window is not supported")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a flag names; an empty name takes the GPU where there is one. Raises InputError when it cannot be used."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: cannot be used here ({str(error).strip().split(". ")[0]})") from None
+    return torch.device(name)
 
 
 def checkpoint_folder(path: str | Path) -> Path:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data import InputError, flag, load_jsonl, parse_flags, resolve, run_command
 from data.tokenizer import Tokenizer
-from model import KVCache, Transformer, checkpoint_folder
+from model import KVCache, Transformer, checkpoint_folder, choose_device
 
 LOOK_EVERY = 16  # steps between looks at which rows are done: each look waits for the device
 
@@ -169,7 +169,7 @@ def main(config: Config) -> None:
             raise InputError(f"--index {config.index}: the data has rows 0 to {len(rows) - 1}")
         prompt, answer = rows[config.index]["prompt"], rows[config.index]["answer"]
     print(prompt.rstrip("\n") + (f"\n(the answer is {answer})" if answer is not None else ""))
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(config.device)
     for path in [config.model] if config.model else ["chains/teacher", "chains/student"]:
         folder = checkpoint_folder(path)
         tokenizer = Tokenizer(folder)

@@ -31,11 +31,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data import HERE, InputError, flag, load_jsonl, parse_flags, resolve, run_command
+from data import HERE, InputError, flag, load_jsonl, parse_flags, read_json, resolve, run_command
 from data.tokenizer import Tokenizer, check_same
 from eval import evaluate
 from loss import LOSSES, distill_loss
-from model import Transformer, checkpoint_folder, count_flops, load_config
+from model import Transformer, checkpoint_folder, choose_device, count_flops, load_config
 from sample import Rollout, generate
 
 
@@ -120,7 +120,7 @@ def find_run(config: Config) -> Path | None:
         complete = [f for f in sorted(out.glob("step_*")) if (f / "state.json").is_file()]
         if not complete:
             raise InputError(f"--resume: no complete checkpoint in --out_dir {out}")
-        before = json.loads((complete[-1] / "state.json").read_text())["config"]
+        before = read_json(complete[-1] / "state.json")["config"]
         for name, value in asdict(config).items():
             if name not in MAY_CHANGE and before.get(name) != value:
                 raise InputError(f"--resume: --{name} is {value!r} now and was {before.get(name)!r} in {out}")
@@ -142,9 +142,9 @@ def open_run(config: Config, resume_step: int | None) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-    elif log.is_file():  # what was logged after the checkpoint will be logged again
-        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= resume_step]
-        log.write_text("".join(line + "\n" for line in kept))
+    elif log.is_file():  # what was logged after the checkpoint will be logged again, and a torn last line goes
+        complete = [line for line in log.read_text().splitlines() if line.endswith("}")]
+        log.write_text("".join(line + "\n" for line in complete if json.loads(line)["step"] <= resume_step))
 
 
 def save_checkpoint(config: Config, student: Transformer, tokenizer: Tokenizer, optimizer, step: int, totals: dict) -> Path:
@@ -176,7 +176,7 @@ def save_checkpoint(config: Config, student: Transformer, tokenizer: Tokenizer, 
 
 
 def load_checkpoint(folder: Path, student: Transformer, optimizer) -> tuple[int, dict]:
-    state = json.loads((folder / "state.json").read_text())
+    state = read_json(folder / "state.json")
     moments = load_file(folder / "optimizer.safetensors", device=str(student.head.device))
     for name, p in student.named_parameters():
         optimizer.state[p] = {key: moments[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq")}
@@ -328,7 +328,7 @@ def peak_memory(device: torch.device) -> int:
 
 def train(config: Config) -> None:
     check_flags(config)
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(config.device)
     config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     resume_from = find_run(config)
     dtype = getattr(torch, config.dtype)
@@ -377,6 +377,13 @@ def train(config: Config) -> None:
         row["prompt_ids"] = tokenizer.encode_prompt(row["prompt"])
         if config.rollout == "data":
             row["solution_ids"] = tokenizer.encode(row["solution"])
+    longest = max(len(row["prompt_ids"]) for row in rows)
+    for model in (student, teacher):
+        if model is not None and longest + config.prefix_len > model.config.max_position_embeddings:
+            raise InputError(
+                f"--prefix_len {config.prefix_len} and the longest prompt of --data, {longest} tokens, exceed the "
+                f"{model.config.max_position_embeddings} positions of the model: lower the one or shorten the other"
+            )
     rate = matmul_rate(device, dtype)
 
     print(f"student {student_folder.name}: {sum(p.numel() for p in student.parameters()):,} parameters, float32", end="")

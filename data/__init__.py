@@ -52,6 +52,17 @@ def load_jsonl(path: str | Path, need: tuple[str, ...] = ("prompt", "answer")) -
     return rows
 
 
+def read_json(path: str | Path) -> dict:
+    """A JSON file that must hold an object. Raises InputError naming the file and what is wrong with it."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
 def flag(default, help: str):
     """A field of a configuration dataclass, with its default and the sentence that --help shows."""
     return dataclasses.field(default=default, metadata={"help": help})

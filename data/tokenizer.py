@@ -4,14 +4,13 @@ tiktoken is a byte-level BPE and nothing else, which is all that Qwen, Llama 3, 
 another kind is served by transformers, and says so. Chat templates are rendered by transformers.
 """
 
-import json
 import shutil
 import unicodedata
 from pathlib import Path
 
 import tiktoken
 
-from data import InputError
+from data import InputError, read_json
 
 SIDE_FILES = (  # what a checkpoint folder holds besides its configuration and weights, copied along on saving
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -39,12 +38,17 @@ class Tokenizer:
         file = self.folder / "tokenizer.json"
         if not file.is_file():
             raise InputError(f"{self.folder}: no tokenizer.json there")
+        spec = read_json(file)
         try:
-            spec = json.loads(file.read_text(encoding="utf-8"))
             vocab = spec["model"]["vocab"]
             self.special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
-        except (ValueError, KeyError, TypeError) as error:
+            merges = spec["model"].get("merges", [])
+            self.merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges]
+            missing = next((a + b for a, b in self.merges if a + b not in vocab), None)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{file}: not a tokenizer this can read ({error!r})") from None
+        if missing is not None:
+            raise InputError(f"{file}: the merge that gives {missing!r} has no id")
         self.vocab_size = 1 + max([*vocab.values(), *self.special.values()])
         self.tokens = {i: token for token, i in (vocab | self.special).items()}
         self.alphabet = byte_alphabet()
@@ -70,8 +74,7 @@ class Tokenizer:
         vocab = {t: i for t, i in spec["model"]["vocab"].items() if t not in self.special}
         ranks = {bytes(self.alphabet[c] for c in token): i for token, i in vocab.items()}
         # tiktoken applies the merge whose result has the lowest id; Hugging Face the merge that is listed first.
-        merges = [m if isinstance(m, list) else m.split(" ") for m in spec["model"]["merges"]]
-        ids = [vocab[a + b] for a, b in merges]
+        ids = [vocab.get(a + b, -1) for a, b in self.merges]
         if ids != sorted(set(ids)) or len(ranks) < 256:
             return None
         return tiktoken.Encoding(
@@ -92,7 +95,7 @@ class Tokenizer:
             file = self.folder / name
             if not file.is_file():
                 continue
-            config = json.loads(file.read_text(encoding="utf-8"))
+            config = read_json(file)
             eos = config.get("eos_token_id")
             found.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
             token = config.get("eos_token")
@@ -143,7 +146,7 @@ class Tokenizer:
         if (self.folder / "chat_template.jinja").is_file():
             return True
         file = self.folder / "tokenizer_config.json"
-        return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("chat_template"))
+        return file.is_file() and bool(read_json(file).get("chat_template"))
 
     def save(self, folder: str | Path) -> None:
         """Copy the tokenizer's and the generation settings' files to another checkpoint folder."""

@@ -71,7 +71,10 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(InputError, match="no tokenizer.json there"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{]")
-    with pytest.raises(InputError, match="not a tokenizer"):
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": {}}')
+    with pytest.raises(InputError, match="not a tokenizer this can read"):
         Tokenizer(tmp_path)
 
 

@@ -205,7 +205,9 @@ def test_eval_prints_the_summary_and_keeps_every_response(tmp_path):
     assert result.returncode == 0, result.stderr
     for text in ("accuracy ", "95% interval", "P(finish)", "accuracy given finish", "mean length", "cap rate"):
         assert text in result.stdout
-    assert len(json.loads((tmp_path / "e.json").read_text())["responses"]) == 40
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert len(found["responses"]) == 40 and found["summary"]["accuracy"] > 0.8
+    assert all("<|im_end|>" not in r["response"] for r in found["responses"] if r["finished"])
 
 
 @pytest.mark.parametrize("flags", [
@@ -256,6 +258,8 @@ def bad(tmp_path_factory):
     ("train.py --teacher BAD/other", "student and teacher have different tokenizers: id"),
     ("train.py --out_dir BAD/used", "already holds a run; continue it with --resume, discard it with --overwrite"),
     ("train.py --out_dir BAD/new --resume", "--resume: no complete checkpoint in --out_dir"),
+    ("train.py --prefix_len 5000", "exceed the 2048 positions of the model"),
+    ("train.py --device cuda:99", "--device cuda:99: cannot be used here"),
     ("sample.py --indx 3", "unknown flag --indx; did you mean --index?"),
     ("sample.py --index 5000", "--index 5000: the data has rows 0 to 999"),
     ("sample.py --model BAD/nowhere", "no such folder"),
@@ -264,7 +268,7 @@ def bad(tmp_path_factory):
     ("eval.py --num_samples 0", "--num_samples must be at least 1, found 0"),
 ])
 def test_bad_input_is_one_clear_line_and_status_2(bad, command, message):
-    result = run(*command.replace("BAD", str(bad)).split(), "--device", "cpu", *(
+    result = run(*command.replace("BAD", str(bad)).split(), *(
         ["--out_dir", str(bad / "out")] if command.startswith("train") and "--out_dir" not in command else []
     ))
     assert result.returncode == 2

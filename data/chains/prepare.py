@@ -197,12 +197,12 @@ def train_tokenizer(rows: list[dict]) -> None:
     pad = tokenizer.token_to_id("<|endoftext|>")
     for folder, width, kv_heads in (("teacher", 128, 4), ("student", 96, 2)):
         wrapped = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=1024
+            tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=2048
         )
         wrapped.save_pretrained(HERE / folder)
         Qwen3Config(
             vocab_size=vocab_size, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=kv_heads, head_dim=32, max_position_embeddings=1024,
+            num_attention_heads=4, num_key_value_heads=kv_heads, head_dim=32, max_position_embeddings=2048,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=True,
             bos_token_id=None, eos_token_id=stop, pad_token_id=pad, architectures=["Qwen3ForCausalLM"], dtype="float32",
         ).save_pretrained(HERE / folder)

@@ -12,6 +12,7 @@ never exists.
 Read in this order: RMSNorm, rope, Attention, KVCache, MLP, Block, Transformer, and last the books (`count_flops`).
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -36,12 +37,52 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
-def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_frequencies(config) -> tuple[Tensor, float]:
+    """The rotary frequencies, float32 (D/2,), in radians a token, and a factor on cos and sin.
+
+    Pair i of features turns by theta^(-2i/D) a token. The scaling kinds slow down the pairs that turn so slowly that they
+    did not complete a turn in the context of pretraining, so that longer contexts show them no angle they have not seen:
+    linear divides all frequencies alike; llama3 divides the slow ones, keeps the fast ones and interpolates between, by
+    wavelength; yarn (arXiv 2309.00071) the same by feature index, and sharpens attention by the factor.
+    """
+    rope, D = config.rope_parameters, head_dim_of(config)
+    theta, kind = rope["rope_theta"], rope.get("rope_type", "default")
+    freq = theta ** (-torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
+    if kind == "default":
+        return freq, 1.0
+    factor = rope["factor"]
+    if kind == "linear":
+        return freq / factor, 1.0
+    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    if kind == "llama3":
+        turns = original * freq / (2 * math.pi)  # completed within the original context
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return freq * (kept + (1 - kept) / factor), 1.0
+    # yarn: the feature pair that completes n turns in the original context has the index
+    def pair(turns: float) -> float:
+        return D * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair(rope.get("beta_fast") or 32), pair(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, D - 1)
+    slowed = ((torch.arange(D // 2, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
+    scale = rope.get("attention_factor")
+    if scale is None:
+        def log_scale(m: float) -> float:
+            return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+        m, m_all = rope.get("mscale"), rope.get("mscale_all_dim")
+        scale = log_scale(m) / log_scale(m_all) if m and m_all else log_scale(1.0)
+    return freq * (1 - slowed + slowed / factor), float(scale)
+
+
+def rope_tables(positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary angles, float32 (..., T, 1, D): one frequency per pair of features (i, i + D/2)."""
-    inv_freq = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angles = positions[..., None].float() * inv_freq  # (..., T, D/2)
+    angles = positions[..., None].float() * frequencies  # (..., T, D/2)
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)  # (..., T, 1, D), broadcast over heads
-    return angles.cos(), angles.sin()
+    return angles.cos() * scale, angles.sin() * scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -144,7 +185,7 @@ class Transformer(nn.Module):
         super().__init__()
         check_config(config)
         self.config = config
-        self.rope_theta = config.rope_parameters["rope_theta"]
+        self.frequencies, self.rope_scale = rope_frequencies(config)  # not a parameter, and not in the checkpoint
         self.model = nn.Module()  # the Hugging Face trees put everything but the head under "model."
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
@@ -171,7 +212,9 @@ class Transformer(nn.Module):
         decoding = positions is not None and cache is not None
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
-        cos, sin = rope_tables(positions, head_dim_of(self.config), self.rope_theta)
+        if self.frequencies.device != tokens.device:
+            self.frequencies = self.frequencies.to(tokens.device)
+        cos, sin = rope_tables(positions, self.frequencies, self.rope_scale)
         mask = None
         if decoding:
             slot = torch.arange(slots or cache.k.shape[3], device=tokens.device)
@@ -263,12 +306,21 @@ def check_config(config) -> None:
     if config.model_type not in ("llama", "qwen2", "qwen3"):
         raise InputError(f"model_type {config.model_type!r} is not supported (llama, qwen2 and qwen3 are)")
     rope = config.rope_parameters or {}
-    if rope.get("rope_type", "default") != "default" or "rope_theta" not in rope:
-        raise InputError(f"rope_type {rope.get('rope_type')!r} is not supported (default is)")
+    needed = {
+        "default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ("factor",),
+    }
+    kind = rope.get("rope_type", "default")
+    if kind not in needed:
+        raise InputError(f"rope_type {kind!r} is not supported ({', '.join(needed)} are)")
+    for key in ("rope_theta", *needed[kind]):
+        if not isinstance(rope.get(key), (int, float)):
+            raise InputError(f"rope_type {kind!r} needs a number {key!r} in the configuration, found {rope.get(key)!r}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError("partial_rotary_factor is not supported")
     if config.hidden_act != "silu":
         raise InputError(f"hidden_act {config.hidden_act!r} is not supported (silu is)")
-    if getattr(config, "use_sliding_window", False):
-        raise InputError("use_sliding_window is not supported")
+    if getattr(config, "use_sliding_window", False) or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise InputError("sliding-window attention is not supported")
 
 
 def choose_device(name: str) -> torch.device:
@@ -277,7 +329,8 @@ def choose_device(name: str) -> torch.device:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: cannot be used here ({str(error).strip().split(". ")[0]})") from None
+        reason = str(error).strip().split(". ")[0]
+        raise InputError(f"--device {name}: cannot be used here ({reason})") from None
     return torch.device(name)
 
 
@@ -299,6 +352,7 @@ def checkpoint_folder(path: str | Path) -> Path:
 
 
 def load_config(folder: str | Path):
+    from huggingface_hub.errors import StrictDataclassError  # what transformers raises on a field of the wrong kind
     from transformers import AutoConfig
 
     file = Path(folder) / "config.json"
@@ -306,8 +360,8 @@ def load_config(folder: str | Path):
         raise InputError(f"{folder}: no config.json there, so it is not a checkpoint folder")
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: {str(error).strip().split(chr(10))[0]}") from None
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise InputError(f"{file}: {' '.join(str(error).split())}") from None
 
 
 def count_flops(config, new_tokens: float, pairs: float, head_rows: float) -> float:

@@ -13,6 +13,10 @@ SMALL = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "max_position_embeddings": 256,
     "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "initializer_range": 0.2,
 }
+SCALED = {k: v for k, v in SMALL.items() if k != "rope_parameters"} | {"num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 FAMILIES = {
     "qwen3": Qwen3Config(**SMALL, num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False),
     "qwen3-tied": Qwen3Config(**SMALL, num_attention_heads=6, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True),
@@ -21,6 +25,14 @@ FAMILIES = {
     "llama-biases": LlamaConfig(
         **SMALL, num_attention_heads=4, num_key_value_heads=4, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
     ),
+    # scaled rotary embeddings, with an original context of 32 that the tests' sequences exceed
+    "llama-llama3": LlamaConfig(**SCALED, rope_parameters=LLAMA3),
+    "llama-linear": LlamaConfig(**SCALED, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}),
+    "qwen3-yarn": Qwen3Config(**SCALED, head_dim=32, rope_parameters=YARN),
+    "qwen2-yarn-options": Qwen2Config(
+        **SCALED, rope_parameters=YARN | {"beta_fast": 8.0, "beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 1.2}
+    ),
+    "qwen2-yarn-factor": Qwen2Config(**SCALED, rope_parameters=YARN | {"attention_factor": 1.3, "truncate": False}),
 }
 
 
@@ -40,7 +52,7 @@ def test_logits_and_gradients_equal_transformers(family, tmp_path):
     reference = reference_model(family)
     reference.save_pretrained(tmp_path)
     model = Transformer.from_pretrained(tmp_path)
-    tokens = torch.randint(0, 97, (3, 40), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(0, 97, (3, 90), generator=torch.Generator().manual_seed(1))
     logits, expected = model(tokens) @ model.head.T, reference(tokens).logits
     assert (logits - expected).norm() / expected.norm() < 1e-5
     probe = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
@@ -134,7 +146,9 @@ def test_unusable_checkpoints_are_refused_by_name(tmp_path):
         Transformer.from_pretrained(folder)
     for name, change, message in (
         ("family", {"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
-        ("rope", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'yarn'"),
+        ("rope", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic'"),
+        ("factor", {"rope_parameters": LLAMA3 | {"low_freq_factor": None}}, "validate_rope|needs a number"),
+        ("window", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "sliding-window"),
     ):
         folder, _ = broken(name)
         config = json.loads((folder / "config.json").read_text())

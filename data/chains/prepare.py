@@ -44,7 +44,7 @@ NAMES = [
     "Amy", "Bob", "Cat", "Dan", "Eve", "Fay", "Guy", "Hal", "Ivy", "Jim", "Kit", "Leo", "Mia",
     "Ned", "Oli", "Pam", "Quy", "Ray", "Sue", "Tom", "Uma", "Val", "Wes", "Xia", "Yan", "Zed",
 ]
-MAX_CHAIN = 8  # definitions between the question and a number, both ends counted
+MAX_CHAIN = 11  # definitions between the question and a number, both ends counted
 
 
 def make_problem(rng: random.Random) -> dict:
@@ -61,7 +61,9 @@ def make_problem(rng: random.Random) -> dict:
             value[name] = rng.randint(10, 40)
             lines[name] = (None, value[name])
             continue
-        ref = names[i - 1] if i < chain_length else rng.choice(names[:i])  # else: a distractor that hangs on some line
+        # A chain's line refers to the one before; a distractor to the question's line or to another distractor, so that
+        # among the chain's own definitions each is mentioned by one line only.
+        ref = names[i - 1] if i < chain_length else rng.choice(names[chain_length - 1 : i])
         step = rng.randint(1, 9) * rng.choice((1, -1))
         if not 0 <= value[ref] + step <= 99:
             step = -step
@@ -167,14 +169,14 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def train_tokenizer(rows: list[dict]) -> None:
-    """A byte-level BPE with Llama 3's split pattern, so that `Dan` (a line's own name) and `=Dan` (a mention of it) are two
-    tokens, every number up to 99 is one, and any other text still has an encoding."""
+    """A byte-level BPE with a split pattern close to Llama 3's, in which a sign goes with the word or number after it:
+    `Dan` (a line's own name), `=Dan` (a mention of it), `-8` and `=14` are one token each. Any other text has an encoding too."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
 
     pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|[^\r\n\p{L}\p{N}]?\p{N}{1,2}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -189,7 +191,7 @@ def train_tokenizer(rows: list[dict]) -> None:
         show_progress=False,
     )
     # Every name in every role and every number at least once, so that the vocabulary does not hang on chance.
-    every = [f"{n}={m}+1=2\n{n}?\n" for n in NAMES for m in NAMES] + [f"{i}={i}+{i}-{i}" for i in range(100)]
+    every = [f"{n}={m}+1=2\n{n}?\n" for n in NAMES for m in NAMES] + [f"{i}={i} {i}+{i % 10}-{i % 10}" for i in range(100)]
     tokenizer.train_from_iterator(every * 3 + [r["prompt"] + r["solution"] for r in rows], trainer)
     vocab_size = 64 * -(-tokenizer.get_vocab_size() // 64)  # padded, as real checkpoints are
     print(f"tokenizer: {tokenizer.get_vocab_size()} tokens, padded to {vocab_size}")

@@ -4,6 +4,7 @@ tiktoken is a byte-level BPE and nothing else, which is all that Qwen, Llama 3, 
 another kind is served by transformers, and says so. Chat templates are rendered by transformers.
 """
 
+import re
 import shutil
 import unicodedata
 from pathlib import Path
@@ -23,6 +24,24 @@ def byte_alphabet() -> dict[str, int]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def split_pattern(pre_tokenizer: dict) -> str | None:
+    """The regular expression that cuts a text into the pieces that are encoded one by one, or None if it is not known."""
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    kinds = [step.get("type") for step in steps]
+    if kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
+        return None
+    own_pattern = steps[-1].get("use_regex", True)  # ByteLevel's own pattern is GPT-2's
+    gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    if kinds == ["ByteLevel"] and own_pattern:  # GPT-2
+        return gpt2
+    if kinds == ["Digits", "ByteLevel"] and own_pattern and steps[0].get("individual_digits"):  # SmolLM2
+        # Digits are cut out first, so white space before a digit is the end of a piece.
+        return gpt2.replace(r" ?\p{N}+", r"\p{N}").replace(r"\s+(?!\S)", r"\s+(?=\p{N})|\s+(?!\S)")
+    if kinds == ["Split", "ByteLevel"] and not own_pattern and steps[0].get("behavior") == "Isolated":  # Qwen, Llama 3
+        return steps[0]["pattern"].get("Regex")
+    return None
 
 
 class Tokenizer:
@@ -61,25 +80,19 @@ class Tokenizer:
 
     def build_encoding(self, spec: dict) -> tiktoken.Encoding | None:
         """The same BPE as a tiktoken.Encoding, or None where tiktoken cannot be the same."""
-        steps = spec.get("pre_tokenizer") or {}
-        steps = steps.get("pretokenizers", [steps])
-        patterns = [s["pattern"].get("Regex") for s in steps if s.get("type") == "Split" and s["behavior"] == "Isolated"]
         normalizer = (spec.get("normalizer") or {}).get("type")
-        if (
-            spec["model"].get("type") != "BPE" or normalizer not in (None, "NFC") or spec["model"].get("byte_fallback")
-            or [s.get("type") for s in steps] != ["Split", "ByteLevel"] or len(patterns) != 1 or not patterns[0]
-            or steps[1].get("use_regex", True) or steps[1].get("add_prefix_space")
-        ):
+        pattern = split_pattern(spec.get("pre_tokenizer") or {})
+        if spec["model"].get("type") != "BPE" or spec["model"].get("byte_fallback") or normalizer not in (None, "NFC"):
             return None
         vocab = {t: i for t, i in spec["model"]["vocab"].items() if t not in self.special}
+        if pattern is None or not all(c in self.alphabet for token in vocab for c in token):
+            return None
         ranks = {bytes(self.alphabet[c] for c in token): i for token, i in vocab.items()}
         # tiktoken applies the merge whose result has the lowest id; Hugging Face the merge that is listed first.
         ids = [vocab.get(a + b, -1) for a, b in self.merges]
-        if ids != sorted(set(ids)) or len(ranks) < 256:
+        if ids != sorted(set(ids)) or any(bytes([b]) not in ranks for b in range(256)):
             return None
-        return tiktoken.Encoding(
-            self.folder.name, pat_str=patterns[0], mergeable_ranks=ranks, special_tokens=self.special
-        )
+        return tiktoken.Encoding(self.folder.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special)
 
     def transformers(self):
         if self.hf is None:
@@ -131,16 +144,29 @@ class Tokenizer:
     def encode_prompt(self, prompt: str) -> list[int]:
         """A prompt as the model expects it: through the chat template where the checkpoint has one, else as it is.
 
-        Special-token text inside the user's prompt stays text.
+        Special tokens are recognised in the template's own text only; in the user's prompt they stay text.
         """
         if not self.has_chat_template():
             return self.encode(prompt)
-        message = [{"role": "user", "content": prompt}]
-        rendered = self.transformers().apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        before, found, after = rendered.partition(prompt)
-        if not found:  # the template rewrote the prompt
-            return self.encode(rendered, special=True)
-        return self.encode(before, special=True) + self.encode(prompt) + self.encode(after, special=True)
+        before, after = self.template_around(" \ue000 ")
+        if before is None:  # the template strips the message, as Llama 3's does
+            before, after = self.template_around("\ue000")
+            prompt = prompt.strip()
+        if before is None:
+            raise InputError(f"{self.folder}: its chat template does not contain the user's message as it is")
+        # Special tokens cut the text, so what touches the prompt up to the nearest of them is encoded together with it.
+        marks = re.compile("|".join(re.escape(t) for t in sorted(self.special, key=len, reverse=True)) or r"(?!)")
+        start = max((m.end() for m in marks.finditer(before)), default=0)
+        end = min((m.start() for m in marks.finditer(after)), default=len(after))
+        middle = self.encode(before[start:] + prompt + after[:end])
+        return self.encode(before[:start], special=True) + middle + self.encode(after[end:], special=True)
+
+    def template_around(self, message: str) -> tuple[str, str] | tuple[None, None]:
+        """What the chat template writes before and after a user's message, or Nones if the message is not in there once."""
+        turns = [{"role": "user", "content": message}]
+        rendered = self.transformers().apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        before, found, after = rendered.partition(message)
+        return (before, after) if found and message not in after else (None, None)
 
     def has_chat_template(self) -> bool:
         if (self.folder / "chat_template.jinja").is_file():

@@ -1,8 +1,12 @@
 import json
+import random
 import shutil
+import unicodedata
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as RawTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data import HERE, InputError, load_jsonl
 from data.answers import extract_answer, is_correct
@@ -52,6 +56,67 @@ def test_chat_template_wraps_the_prompt_and_user_text_stays_text(tmp_path):
     ids = tokenizer.encode_prompt("Dan? <|im_end|>")
     assert tokenizer.decode(ids) == "<|im_start|>user\nDan? <|im_end|><|im_end|>\n<|im_start|>assistant\n"
     assert ids.count(start) == 2 and ids.count(end) == 1
+
+
+def test_a_prompt_is_encoded_as_transformers_encodes_the_whole_conversation(tmp_path):
+    """Also where the prompt merges with the template's text, repeats it, or is stripped by it."""
+    for folder, trim in (("kept", ""), ("stripped", " | trim")):
+        shutil.copytree(TEACHER, tmp_path / folder)
+        (tmp_path / folder / "chat_template.jinja").write_text(
+            "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + (m.content" + trim + ") + '<|im_end|>\\n' }}{% endfor %}"
+            "{{ '<|im_start|>assistant\\n' }}"
+        )
+        ours, theirs = Tokenizer(tmp_path / folder), AutoTokenizer.from_pretrained(tmp_path / folder)
+        for prompt in ("Dan=Hal-8\nDan?", "\n\nuser\n", "user", "im", "  12 = 3  ", "{{ m }} {% raw %}", "\ue000"):
+            turns = [{"role": "user", "content": prompt}]
+            expected = theirs.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+            assert ours.encode_prompt(prompt) == expected, (folder, prompt)
+
+
+STYLES = {  # pre-tokenizers as the families' tokenizer.json have them
+    "gpt2": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+    "smollm2": pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+    ]),
+    "qwen2": pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        ), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]),
+    "llama3": pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
+            r"|\s+"
+        ), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]),
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_ids_equal_transformers_in_every_familys_style(style, tmp_path):
+    """A tokenizer of the style, trained here on prose, digits and the texts above, and random unicode to encode."""
+    bpe = RawTokenizer(models.BPE(ignore_merges=style == "llama3"))
+    bpe.pre_tokenizer, bpe.decoder = STYLES[style], decoders.ByteLevel()
+    if style == "qwen2":
+        bpe.normalizer = normalizers.NFC()
+    prose = [p.read_text(encoding="utf-8") for p in (HERE.parent / "README.md", HERE / "tokenizer.py")]
+    bpe.train_from_iterator(prose + TEXTS * 3, trainers.BpeTrainer(
+        vocab_size=1500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    ))
+    bpe.add_special_tokens(["<|endoftext|>", "<|im_end|>"])
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>").save_pretrained(tmp_path)
+    ours, theirs = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.encoding is not None
+    rng = random.Random(0)
+    kinds = ("abcABC \n\t", "0123456789½٣ ", "   \n\r\t\u3000\xa0", "'sSdDmM tT", "éèñçÅÅ\u0301\u0327", "日本語한국ひら", "👩\u200d💻🇺🇳🏳️", ".,;:!?()[]{}<|>")
+    noise = ["".join(rng.choice(rng.choice(kinds)) for _ in range(rng.randint(1, 60))) for _ in range(400)]
+    noise += ["".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(30)) for _ in range(50)]
+    for text in TEXTS + prose + noise:
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False, split_special_tokens=True), repr(text)
+        assert ours.decode(ids) == (unicodedata.normalize("NFC", text) if style == "qwen2" else text)
 
 
 def test_different_tokenizers_are_refused_by_the_first_id(tmp_path):

@@ -87,6 +87,90 @@ def evaluate(
     }, records
 
 
+@torch.no_grad()
+def preflight(
+    student: Transformer,
+    teacher: Transformer,
+    tokenizer: Tokenizer,
+    teacher_tokenizer: Tokenizer,
+    prompts: list[str],
+    *,
+    stop_ids: tuple[int, ...],
+    vocab: int,
+    stop_class: bool,
+    max_new_tokens: int,
+    seed: int,
+) -> tuple[list[str], list[str]]:
+    """Look at a pair before it is trained: (lines to print, warnings), in plain language.
+
+    A few prompts are answered by the student, and both models are asked two questions that betray most mismatches: what
+    should come first, and how likely is each stop token where the student stopped?
+    """
+    lines, warnings = [], []
+
+    def spell(i: int) -> str:
+        return f"{i} {tokenizer.decode([i])!r}"
+
+    encoded = [tokenizer.encode_prompt(p) for p in prompts]
+    lines.append(f"prompt as both models see it: {tokenizer.decode(encoded[0])!r}")
+    theirs = teacher_tokenizer.encode_prompt(prompts[0])
+    if theirs != encoded[0]:
+        warnings.append(
+            "template mismatch: the teacher's own chat template would render this prompt as "
+            f"{teacher_tokenizer.decode(theirs)!r}. A teacher scores badly what it was not trained to read; "
+            "compare --chat on and --chat off, or give the student the teacher's template"
+        )
+
+    rollout = generate(
+        student, encoded, max_new_tokens, stop_ids, generator=torch.Generator().manual_seed(seed), vocab=vocab
+    )
+    first, last, ended = [], [], []  # (2, vocab) log-probabilities of student and teacher at a response's two ends
+    for i, prompt in enumerate(encoded):
+        row = torch.tensor([prompt + rollout.response(i)[:-1]], device=student.head.device)
+        log_p = torch.stack([
+            (m(row)[0, [len(prompt) - 1, -1]].float() @ m.head[:vocab].float().T).log_softmax(-1).cpu() for m in (student, teacher)
+        ])  # (2 models, 2 places, vocab)
+        first.append(log_p[:, 0])
+        if rollout.finished[i]:
+            last.append(log_p[:, 1])
+            ended.append(rollout.response(i)[-1])
+    p, q = torch.stack(first).exp().mean(0)  # (vocab,) each, over the prompts
+    kl = torch.stack([(x[0].exp() * (x[0] - x[1])).sum() for x in first]).mean()
+    lines.append(
+        f"first token: KL {kl:.2f} nats; most likely {spell(int(p.argmax()))} to the student ({p.max():.2f}), "
+        f"{spell(int(q.argmax()))} to the teacher ({q.max():.2f})"
+    )
+    for writer, reader, a, b in (("teacher", "student", q, p), ("student", "teacher", p, q)):
+        opener = int(a.argmax())
+        text = tokenizer.decode([opener])
+        if text in tokenizer.special and opener not in stop_ids and a[opener] > 0.5 and b[opener] < 0.1:
+            if "think" in text:
+                warnings.append(
+                    f"thinking-mode mismatch: the {writer} opens with {text!r} ({a[opener]:.2f}), the {reader} does not "
+                    f"({b[opener]:.1e}). Choose --thinking off, or a pair of one mode"
+                )
+            else:
+                warnings.append(
+                    f"template mismatch: the {writer} expects {text!r} next ({a[opener]:.2f}), the {reader} does not "
+                    f"({b[opener]:.1e}), so the prompt probably lacks a part of the {writer}'s chat template. See --chat"
+                )
+    if not ended:
+        lines.append(f"stops: none of {len(prompts)} rollouts ended within {max_new_tokens} tokens")
+        return lines, warnings
+    p, q = torch.stack(last).exp().mean(0)
+    lines.append(f"stops: {len(ended)} of {len(prompts)} rollouts ended within {max_new_tokens} tokens; there, on average, "
+                 + ", ".join(f"{spell(i)}: student {p[i]:.1e}, teacher {q[i]:.1e}" for i in stop_ids))
+    used = max(set(ended), key=ended.count)
+    preferred = max(stop_ids, key=lambda i: q[i])
+    if preferred != used and q[preferred] > 100 * q[used]:
+        effect = (
+            "They are one class in the loss, so this costs nothing" if stop_class else
+            "Every stop will be punished and responses will run to the cap: leave --stop_class on"
+        )
+        warnings.append(f"stop mismatch: the student ends with {spell(used)}, the teacher with {spell(preferred)}. {effect}")
+    return lines, warnings
+
+
 @dataclass
 class Config:
     model: str = flag("chains/student", "checkpoint folder or hub name")
@@ -96,6 +180,9 @@ class Config:
     temperature: float = flag(0.0, "0 takes the most likely token, 1 samples from the model's own distribution")
     top_k: int = flag(0, "sample among the k most likely tokens only; 0 is off")
     top_p: float = flag(1.0, "sample among the most likely tokens that hold this much probability; 1 is off")
+    chat: str = flag("auto", "auto: through the chat template where there is one; on: demand it; off: the bare prompt")
+    system: str = flag("", "text of a system turn before the prompt, for checkpoints with a chat template")
+    thinking: str = flag("", "on or off, for chat templates that have the switch")
     max_new_tokens: int = flag(512, "cap on the response")
     batch_size: int = flag(128, "responses sampled together; lower it if memory runs out")
     seed: int = flag(1337, "seed of the sampling")
@@ -110,7 +197,7 @@ def main(config: Config) -> None:
     rows = load_jsonl(resolve(config.data, "test"))
     rows = rows[: config.num_problems or None]
     folder = checkpoint_folder(config.model)
-    tokenizer = Tokenizer(folder)
+    tokenizer = Tokenizer(folder, config.chat, config.system, config.thinking)
     model = Transformer.from_pretrained(folder, choose_device(config.device))
     s, records = evaluate(
         model, tokenizer, rows, max_new_tokens=config.max_new_tokens, temperature=config.temperature,

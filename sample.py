@@ -150,6 +150,9 @@ class Config:
     prompt: str = flag("", "your own prompt; empty takes a problem of --data")
     data: str = flag("chains", "data set the problem comes from: a name or a .jsonl file")
     index: int = flag(0, "which problem of the test set")
+    chat: str = flag("auto", "auto: through the chat template where there is one; on: demand it; off: the bare prompt")
+    system: str = flag("", "text of a system turn before the prompt, for checkpoints with a chat template")
+    thinking: str = flag("", "on or off, for chat templates that have the switch")
     max_new_tokens: int = flag(512, "cap on the response")
     temperature: float = flag(0.0, "0 takes the most likely token, 1 samples from the model's own distribution")
     top_k: int = flag(0, "sample among the k most likely tokens only; 0 is off")
@@ -172,7 +175,7 @@ def main(config: Config) -> None:
     device = choose_device(config.device)
     for path in [config.model] if config.model else ["chains/teacher", "chains/student"]:
         folder = checkpoint_folder(path)
-        tokenizer = Tokenizer(folder)
+        tokenizer = Tokenizer(folder, config.chat, config.system, config.thinking)
         model = Transformer.from_pretrained(folder, device)
         rollout = generate(
             model, [tokenizer.encode_prompt(prompt)] * config.num_samples, config.max_new_tokens, tokenizer.stop_ids,

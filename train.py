@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from data import HERE, InputError, flag, load_jsonl, parse_flags, read_json, resolve, run_command
 from data.tokenizer import Tokenizer, check_same
-from eval import evaluate
+from eval import evaluate, preflight
 from loss import LOSSES, distill_loss
 from model import Transformer, checkpoint_folder, choose_device, count_flops, load_config
 from sample import Rollout, generate
@@ -47,6 +47,10 @@ class Config:
     init: str = flag("pretrained", "pretrained, or random: only --student's configuration, with fresh weights from --seed")
     data: str = flag("chains", "training prompts: a name (data/NAME/train.jsonl) or a .jsonl file")
     eval_data: str = flag("", "held-out problems, a name or a .jsonl file; empty takes --data's own test split, if it has one")
+    chat: str = flag("auto", "auto: prompts go through the student's chat template where there is one; on: demand it; off: bare")
+    system: str = flag("", "text of a system turn before each prompt, for checkpoints with a chat template")
+    thinking: str = flag("", "on or off, for chat templates that have the switch")
+    stop_tokens: str = flag("", "further stop tokens besides those both checkpoints declare, comma-separated names or ids")
     out_dir: str = flag("out", "where log.jsonl and the checkpoints go")
     # The method
     prefix_len: int = flag(1024, "cut each response after this many tokens; lower it first when memory or time runs out")
@@ -343,15 +347,18 @@ def train(config: Config) -> None:
     # The pair. The student's weights are float32 for the optimizer: at a rate of 1e-6 a bfloat16 weight would round back to
     # what it was. In half precision the rollouts use a copy, refreshed every step.
     student_folder = checkpoint_folder(config.student)
-    tokenizer, teacher = Tokenizer(student_folder), None
-    vocab, stop_ids = tokenizer.vocab_size, tokenizer.stop_ids
+    tokenizer, teacher = Tokenizer(student_folder, config.chat, config.system, config.thinking), None
+    vocab, stop_ids = tokenizer.vocab_size, {*tokenizer.stop_ids, *tokenizer.stop_ids_of(config.stop_tokens)}
     if config.rollout == "teacher" or config.loss != "cross_entropy":
         teacher_folder = checkpoint_folder(config.teacher)
-        teacher_tokenizer = Tokenizer(teacher_folder)
+        teacher_tokenizer = Tokenizer(teacher_folder, "off" if config.chat == "off" else "auto")
+        if teacher_tokenizer.chats():
+            teacher_tokenizer = Tokenizer(teacher_folder, config.chat, config.system, config.thinking)
         check_same(tokenizer, teacher_tokenizer)
         vocab = min(vocab, teacher_tokenizer.vocab_size)
-        stop_ids = tuple(sorted(i for i in {*stop_ids, *teacher_tokenizer.stop_ids} if i < vocab))
+        stop_ids |= set(teacher_tokenizer.stop_ids)
         teacher = Transformer.from_pretrained(teacher_folder, device, dtype).requires_grad_(False)
+    stop_ids = tuple(sorted(i for i in stop_ids if i < vocab))
     if resume_from is None and config.init == "random":
         student = Transformer(load_config(student_folder)).initialize(config.seed).to(device)
     else:
@@ -392,7 +399,15 @@ def train(config: Config) -> None:
           + ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in stop_ids)
           + (" (one class)" if config.stop_class and len(stop_ids) > 1 else ""))
     print(f"{len(rows):,} prompts, {len(test):,} held-out problems; {device}, torch.mm at {rate / 1e9:,.0f} GFLOP/s")
-    print(f"first prompt as the models see it: {tokenizer.decode(rows[0]['prompt_ids'])!r}")
+    if teacher is not None and resume_from is None:
+        lines, warnings = preflight(
+            student, teacher, tokenizer, teacher_tokenizer, [row["prompt"] for row in batch_of(rows, 0, config)[:16]],
+            stop_ids=stop_ids, vocab=vocab, stop_class=config.stop_class, max_new_tokens=min(config.prefix_len, 256),
+            seed=config.seed,
+        )
+        print("\n".join(lines + [f"WARNING: {w}" for w in warnings]))
+    else:
+        print(f"first prompt as the model sees it: {tokenizer.decode(rows[0]['prompt_ids'])!r}")
 
     open_run(config, None if resume_from is None else first_step)
     log_path = Path(config.out_dir) / "log.jsonl"

@@ -49,11 +49,13 @@ class Tokenizer:
 
     vocab_size: number of real ids, which may be smaller than the model's padded head. stop_ids: every id that the
     folder's files declare as the end of a response, ascending. eos_id: the one of them that written text ends with.
-    Raises InputError when the folder holds no readable tokenizer.
+    chat: auto renders prompts through the chat template where there is one, on demands it, off ignores it.
+    system: text of a system turn before the prompt. thinking: on or off, for templates that have the switch.
+    Raises InputError when the folder holds no readable tokenizer, or its template cannot do what is asked.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, chat: str = "auto", system: str = "", thinking: str = ""):
+        self.folder, self.chat, self.system, self.thinking = Path(folder), chat, system, thinking
         file = self.folder / "tokenizer.json"
         if not file.is_file():
             raise InputError(f"{self.folder}: no tokenizer.json there")
@@ -77,6 +79,7 @@ class Tokenizer:
         if self.encoding is None:
             print(f"{self.folder}: the tokenizer is not a plain byte-level BPE, so transformers encodes (slower)")
         self.stop_ids, self.eos_id = self.find_stop_ids()
+        self.check_chat()
 
     def build_encoding(self, spec: dict) -> tiktoken.Encoding | None:
         """The same BPE as a tiktoken.Encoding, or None where tiktoken cannot be the same."""
@@ -146,7 +149,7 @@ class Tokenizer:
 
         Special tokens are recognised in the template's own text only; in the user's prompt they stay text.
         """
-        if not self.has_chat_template():
+        if not self.chats():
             return self.encode(prompt)
         before, after = self.template_around(" \ue000 ")
         if before is None:  # the template strips the message, as Llama 3's does
@@ -163,16 +166,47 @@ class Tokenizer:
 
     def template_around(self, message: str) -> tuple[str, str] | tuple[None, None]:
         """What the chat template writes before and after a user's message, or Nones if the message is not in there once."""
-        turns = [{"role": "user", "content": message}]
-        rendered = self.transformers().apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        turns = [{"role": "system", "content": self.system}] if self.system else []
+        turns.append({"role": "user", "content": message})
+        switch = {"enable_thinking": self.thinking == "on"} if self.thinking else {}
+        rendered = self.transformers().apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **switch)
         before, found, after = rendered.partition(message)
         return (before, after) if found and message not in after else (None, None)
 
-    def has_chat_template(self) -> bool:
-        if (self.folder / "chat_template.jinja").is_file():
-            return True
+    def chats(self) -> bool:
+        return self.chat != "off" and self.chat_template() is not None
+
+    def chat_template(self) -> str | None:
+        """The text of the checkpoint's default chat template."""
+        file = self.folder / "chat_template.jinja"
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
         file = self.folder / "tokenizer_config.json"
-        return file.is_file() and bool(read_json(file).get("chat_template"))
+        found = read_json(file).get("chat_template") if file.is_file() else None
+        if isinstance(found, list):  # several, by name
+            found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
+        return found or None
+
+    def check_chat(self) -> None:
+        for name, value, allowed in (("chat", self.chat, ("auto", "on", "off")), ("thinking", self.thinking, ("", "on", "off"))):
+            if value not in allowed:
+                raise InputError(f"--{name} {value}: expected one of {', '.join(filter(None, allowed))}")
+        if self.chat == "on" and self.chat_template() is None:
+            raise InputError(f"--chat on: {self.folder} has no chat template")
+        if self.thinking and "enable_thinking" not in (self.chat_template() or ""):
+            raise InputError(f"--thinking {self.thinking}: the chat template of {self.folder} has no such switch")
+        if self.system and not self.chats():
+            raise InputError(f"--system: {self.folder} renders prompts without a chat template, so there is no system turn")
+
+    def stop_ids_of(self, names: str) -> tuple[int, ...]:
+        """Ids of --stop_tokens, a comma-separated list of special tokens or ids."""
+        found = []
+        for name in filter(None, (n.strip() for n in names.split(","))):
+            i = self.special.get(name, int(name) if name.isdigit() else -1)
+            if not 0 <= i < self.vocab_size:
+                raise InputError(f"--stop_tokens {name}: neither a special token of {self.folder} nor one of its ids")
+            found.append(i)
+        return tuple(found)
 
     def save(self, folder: str | Path) -> None:
         """Copy the tokenizer's and the generation settings' files to another checkpoint folder."""

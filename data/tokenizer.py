@@ -93,8 +93,12 @@ class Tokenizer:
         ranks = {bytes(self.alphabet[c] for c in token): i for token, i in vocab.items()}
         # tiktoken applies the merge whose result has the lowest id; Hugging Face the merge that is listed first.
         ids = [vocab.get(a + b, -1) for a, b in self.merges]
-        if ids != sorted(set(ids)) or any(bytes([b]) not in ranks for b in range(256)):
+        if ids != sorted(set(ids)):
             return None
+        # Some tokenizers (SmolLM2's) know no token for some rare bytes, and skip them. tiktoken wants one for each, so they get
+        # ids that nobody uses; a text that has such a byte is left to transformers.
+        self.unknown_bytes = bytes(b for b in range(256) if bytes([b]) not in ranks)
+        ranks |= {bytes([b]): 2**30 + b for b in self.unknown_bytes}
         return tiktoken.Encoding(self.folder.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special)
 
     def transformers(self):
@@ -125,10 +129,10 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text. Text that spells a special token becomes one only with `special`."""
-        if self.encoding is None:
-            return self.transformers().encode(text, add_special_tokens=False, split_special_tokens=not special)
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
+        if self.encoding is None or (self.unknown_bytes and set(text.encode()) & set(self.unknown_bytes)):
+            return self.transformers().encode(text, add_special_tokens=False, split_special_tokens=not special)
         return self.encoding.encode(text, allowed_special="all" if special else set(), disallowed_special=())
 
     def decode(self, ids: list[int]) -> str:

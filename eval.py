@@ -15,10 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from data import InputError, flag, load_jsonl, parse_flags, resolve, run_command
 from data.answers import extract_answer, is_correct
 from data.tokenizer import Tokenizer
+from loss import distill_loss
 from model import Transformer, checkpoint_folder, choose_device
 from sample import generate
 
@@ -85,6 +87,58 @@ def evaluate(
         "no_answer": sum(r["extracted"] is None for r in records) / n, "capped": 1 - len(ended) / n,
         "mean_len": sum(r["tokens"] for r in records) / n, "seconds": time.perf_counter() - start,
     }, records
+
+
+def by_position(values: Tensor, position: Tensor) -> dict[str, float]:
+    """Mean over the positions 0, 1, 2-3, 4-7, 8-15, ... of the response."""
+    bucket = torch.log2(position.double().clamp(min=0.5)).floor().long() + 1  # 0 -> 0, 1 -> 1, 2-3 -> 2, ...
+    sums = torch.zeros(int(bucket.max()) + 1, dtype=torch.double).index_add_(0, bucket, values.double())
+    counts = torch.bincount(bucket)
+    return {str(0 if b == 0 else 2 ** (b - 1)): (sums[b] / counts[b]).item() for b in range(len(counts)) if counts[b]}
+
+
+@torch.no_grad()
+def measure_kl(
+    student: Transformer,
+    teacher: Transformer,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...],
+    vocab: int,
+    temperature: float = 1.0,
+    stop_class: bool = True,
+    micro_batch: int = 16,
+    batch_size: int = 128,
+    seed: int = 1337,
+) -> dict:
+    """Reverse KL from student to teacher, in nats per token, over responses the student samples to the prompts.
+
+    Whole responses (up to max_new_tokens), whatever prefix was trained, so that `kl_by_position` shows what happens to the
+    tail. Draws from its own generator. Returns kl, kl_by_position, response_len, finish, seconds.
+    """
+    start = time.perf_counter()
+    generator = torch.Generator().manual_seed(seed)
+    kl, where, lens, finished = [], [], [], []
+    for first in range(0, len(prompts), batch_size):
+        part = prompts[first : first + batch_size]
+        rollout = generate(student, part, max_new_tokens, stop_ids, temperature, generator=generator, vocab=vocab)
+        lens.append(rollout.lens)
+        finished.append(rollout.finished)
+        for tokens, mask, position in rollout.micro_batches(micro_batch):
+            tokens, mask = tokens.to(student.head.device), mask.to(student.head.device)
+            hidden_s, hidden_t = student(tokens[:, :-1])[mask], teacher(tokens[:, :-1])[mask]
+            _, stats = distill_loss(
+                hidden_s, student.head, hidden_t, teacher.head, temperature=temperature, vocab=vocab,
+                stop_ids=stop_ids if stop_class else (),
+            )
+            kl.append(stats["kl"].cpu())
+            where.append(position)
+    return {
+        "kl": torch.cat(kl).double().mean().item(), "kl_by_position": by_position(torch.cat(kl), torch.cat(where)),
+        "response_len": torch.cat(lens).double().mean().item(), "finish": torch.cat(finished).double().mean().item(),
+        "seconds": time.perf_counter() - start,
+    }
 
 
 @torch.no_grad()

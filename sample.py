@@ -6,6 +6,7 @@
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,21 @@ class Rollout:
     def text_ids(self, i: int) -> list[int]:
         """Ids of response i without the stop token: what there is to read."""
         return self.response(i)[:-1] if self.finished[i] else self.response(i)
+
+    def micro_batches(self, rows_at_once: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Parts of the rollout for the training forward: tokens (b, T), mask (b, T-1), position (n,).
+
+        hidden[:, i] predicts tokens[:, i + 1], so the mask marks the n positions that predict a response token: P-1 .. P+len-2
+        of each row, its own stop token included and nothing of the prompt. position counts from the response's start.
+        Rows of one length go together, the longest first, so that little is padded and memory peaks at once.
+        """
+        total_lens = self.prompt_lens + self.lens
+        for rows in total_lens.argsort(descending=True).split(rows_at_once):
+            length = int(total_lens[rows].max())
+            at = torch.arange(length - 1)
+            first, last = self.prompt_lens[rows, None] - 1, total_lens[rows, None] - 2
+            mask = (at >= first) & (at <= last)
+            yield self.tokens[rows, :length], mask, (at - first)[mask]
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from data import HERE, InputError, flag, load_jsonl, parse_flags, read_json, resolve, run_command
 from data.tokenizer import Tokenizer, check_same
-from eval import evaluate, preflight
+from eval import by_position, evaluate, measure_kl, preflight
 from loss import LOSSES, distill_loss
 from model import Transformer, checkpoint_folder, choose_device, count_flops, load_config
 from sample import Rollout, generate
@@ -72,7 +72,8 @@ class Config:
     grad_clip: float = flag(1.0, "largest gradient norm; 0 turns clipping off")
     # Evaluation
     eval_every: int = flag(0, "evaluate every this many steps, besides before and after; 0 is off")
-    eval_problems: int = flag(500, "how many held-out problems; 0 turns evaluation off")
+    eval_problems: int = flag(500, "held-out problems to answer; 0 measures no accuracy")
+    eval_kl: int = flag(100, "held-out prompts to measure the reverse KL on, over whole responses of the student; 0 measures none")
     max_new_tokens: int = flag(512, "cap on responses in evaluation")
     # The run
     seed: int = flag(1337, "of the data order, the sampling and fresh weights")
@@ -98,7 +99,7 @@ def check_flags(config: Config) -> None:
     for name in ("prefix_len", "steps", "batch_size", "micro_batch", "max_new_tokens", "keep"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name} must be at least 1, found {getattr(config, name)}")
-    for name in ("warmup", "weight_decay", "grad_clip", "eval_every", "eval_problems", "save_every", "seed"):
+    for name in ("warmup", "weight_decay", "grad_clip", "eval_every", "eval_problems", "eval_kl", "save_every", "seed"):
         if not getattr(config, name) >= 0:
             raise InputError(f"--{name} must not be negative, found {getattr(config, name)}")
     for name in ("lr", "temperature"):
@@ -222,17 +223,10 @@ def train_on(
     where the prefix was cut, never the prompt.
     """
     device, half = student.head.device, config.dtype == "bfloat16"
-    total_lens = rollout.prompt_lens + rollout.lens
     supervised = int(rollout.lens.sum())
     stats: dict[str, list] = {}
-    order = total_lens.argsort(descending=True)  # rows of one length together, the longest first
-    for rows in order.split(config.micro_batch):
-        length = int(total_lens[rows].max())
-        tokens = rollout.tokens[rows, :length].to(device)
-        # hidden[i] predicts tokens[i + 1]: the rows that predict response tokens 0 .. len-1 stand at P-1 .. P+len-2
-        at = torch.arange(length - 1)
-        first, last = rollout.prompt_lens[rows, None] - 1, total_lens[rows, None] - 2
-        mask = ((at >= first) & (at <= last)).to(device)  # (b, T-1)
+    for tokens, mask, position in rollout.micro_batches(config.micro_batch):
+        tokens, mask = tokens.to(device), mask.to(device)
         hidden_t = head_t = None
         start = tick(device)
         if teacher is not None:
@@ -250,18 +244,9 @@ def train_on(
         )
         loss.backward()
         clock["student"] += tick(device) - start
-        row_stats["position"] = (at - first)[mask.cpu()]  # of each supervised row in its response, from 0
-        for name, value in row_stats.items():
+        for name, value in {**row_stats, "position": position}.items():
             stats.setdefault(name, []).append(value.cpu())
     return {name: torch.cat(values) for name, values in stats.items()}
-
-
-def by_position(values: torch.Tensor, position: torch.Tensor) -> dict[str, float]:
-    """Mean over the positions 0, 1, 2-3, 4-7, 8-15, ... of the response."""
-    bucket = torch.log2(position.double().clamp(min=0.5)).floor().long() + 1  # 0 -> 0, 1 -> 1, 2-3 -> 2, ...
-    sums = torch.zeros(int(bucket.max()) + 1, dtype=torch.double).index_add_(0, bucket, values.double())
-    counts = torch.bincount(bucket)
-    return {str(0 if b == 0 else 2 ** (b - 1)): (sums[b] / counts[b]).item() for b in range(len(counts)) if counts[b]}
 
 
 def update_norm(optimizer) -> float:
@@ -341,8 +326,9 @@ def train(config: Config) -> None:
     # The data: prompts to train on, problems to be judged on.
     rows = load_jsonl(resolve(config.data, "train"), need=("prompt", "solution") if config.rollout == "data" else ("prompt",))
     test = []
-    if config.eval_problems and (config.eval_data or (HERE / config.data).is_dir()):
-        test = load_jsonl(resolve(config.eval_data or config.data, "test"))[: config.eval_problems]
+    if (config.eval_problems or config.eval_kl) and (config.eval_data or (HERE / config.data).is_dir()):
+        need = ("prompt", "answer") if config.eval_problems else ("prompt",)
+        test = load_jsonl(resolve(config.eval_data or config.data, "test"), need)
 
     # The pair. The student's weights are float32 for the optimizer: at a rate of 1e-6 a bfloat16 weight would round back to
     # what it was. In half precision the rollouts use a copy, refreshed every step.
@@ -398,7 +384,7 @@ def train(config: Config) -> None:
     print(f"vocabulary {vocab:,} of {student.head.shape[0]:,} rows; stop tokens "
           + ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in stop_ids)
           + (" (one class)" if config.stop_class and len(stop_ids) > 1 else ""))
-    print(f"{len(rows):,} prompts, {len(test):,} held-out problems; {device}, torch.mm at {rate / 1e9:,.0f} GFLOP/s")
+    print(f"{len(rows):,} prompts, {len(test):,} held-out; {device}, torch.mm at {rate / 1e9:,.0f} GFLOP/s")
     if teacher is not None and resume_from is None:
         lines, warnings = preflight(
             student, teacher, tokenizer, teacher_tokenizer, [row["prompt"] for row in batch_of(rows, 0, config)[:16]],
@@ -416,22 +402,32 @@ def train(config: Config) -> None:
         with open(log_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def judge(model: Transformer, name: str, step: int, temperature: float) -> dict:
-        summary, _ = evaluate(
-            model, tokenizer, test, max_new_tokens=config.max_new_tokens, temperature=temperature, vocab=vocab,
-            stop_ids=stop_ids, progress=True,
-        )
-        log({"step": step, "eval": name, "temperature": temperature, **summary})
-        return summary
-
-    def judge_student(step: int) -> dict[str, dict]:
-        return {"greedy": judge(student, "student", step, 0.0), "sampled": judge(student, "student", step, config.temperature)}
+    def judge(model: Transformer, name: str, step: int) -> str:
+        """Evaluate on held-out data, log it, and say it in a line. Has generators of its own."""
+        said = []
+        for manner, temperature in (("greedy", 0.0), ("sampled", config.temperature)) if config.eval_problems else ():
+            if name == "teacher" and manner == "sampled":
+                continue
+            found, _ = evaluate(
+                model, tokenizer, test[: config.eval_problems], max_new_tokens=config.max_new_tokens, temperature=temperature,
+                vocab=vocab, stop_ids=stop_ids, progress=True,
+            )
+            log({"step": step, "eval": name, "manner": manner, **found})
+            said.append(f"{manner} accuracy {found['accuracy']:.3f}")
+        if config.eval_kl and teacher is not None and name == "student":
+            found = measure_kl(
+                student, teacher, [tokenizer.encode_prompt(row["prompt"]) for row in test[: config.eval_kl]],
+                max_new_tokens=config.max_new_tokens, temperature=config.temperature, vocab=vocab, stop_ids=stop_ids,
+                stop_class=config.stop_class, micro_batch=config.micro_batch,
+            )
+            log({"step": step, "eval": "student", "manner": "kl", **found})
+            said.append(f"held-out KL {found['kl']:.4f} nats a token")
+        return ", ".join(said)
 
     if test and resume_from is None and config.init != "random":
-        if teacher is not None:
-            reference = judge(teacher, "teacher", 0, 0.0)
-            print(f"teacher before the first step: greedy accuracy {reference['accuracy']:.3f}")
-        print("student before the first step: " + accuracies(judge_student(0)))
+        if teacher is not None and config.eval_problems:
+            print(f"teacher: {judge(teacher, 'teacher', 0)}")
+        print(f"student before the first step: {judge(student, 'student', 0)}")
 
     interrupted = []
     signal.signal(signal.SIGINT, lambda *_: interrupted.append(1) if not interrupted else signal.default_int_handler(*_))
@@ -495,7 +491,7 @@ def train(config: Config) -> None:
 
         last = step + 1 == config.steps or bool(interrupted)
         if test and config.eval_every and (step + 1) % config.eval_every == 0 and not last:
-            bar.write(f"step {step + 1}: " + accuracies(judge_student(step + 1)))
+            bar.write(f"step {step + 1}: {judge(student, 'student', step + 1)}")
         if last or (config.save_every and (step + 1) % config.save_every == 0):
             saved = save_checkpoint(config, student, tokenizer, optimizer, step + 1, totals)
         if last:
@@ -506,12 +502,8 @@ def train(config: Config) -> None:
         print(f"nothing to do: the run in {config.out_dir} has its {config.steps} steps")
         return
     if test and not interrupted:
-        judge_student(step + 1)
+        judge(student, "student", step + 1)
     summarize(log_path, saved)
-
-
-def accuracies(judged: dict[str, dict]) -> str:
-    return ", ".join(f"{manner} accuracy {summary['accuracy']:.3f}" for manner, summary in judged.items())
 
 
 def summarize(log_path: Path, saved: Path) -> None:
@@ -520,16 +512,20 @@ def summarize(log_path: Path, saved: Path) -> None:
     steps, judged = [r for r in records if "loss" in r], [r for r in records if "eval" in r]
     first, final = steps[0], steps[-1]
     print(f"\nafter {final['step']} steps: loss {first['loss']:.4f} -> {final['loss']:.4f}")
-    for manner in ("greedy", "sampled"):
-        mine = [r for r in judged if r["eval"] == "student" and (r["temperature"] == 0) == (manner == "greedy")]
-        if mine and mine[-1]["step"] == final["step"]:
-            r = mine[-1]
-            print(f"  student, {manner + ':':8} accuracy " + (f"{mine[0]['accuracy']:.3f} -> " if mine[0]["step"] == 0 else "")
-                  + f"{r['accuracy']:.3f} (95% interval {r['low']:.3f} to {r['high']:.3f}), "
-                  f"P(finish) {r['finish']:.3f}, mean length {r['mean_len']:.0f}")
+    for manner in ("greedy", "sampled", "kl"):
+        mine = [r for r in judged if r["eval"] == "student" and r["manner"] == manner]
+        if not mine or mine[-1]["step"] != final["step"]:
+            continue
+        key, last = "kl" if manner == "kl" else "accuracy", mine[-1]
+        change = (f"{mine[0][key]:.3f} -> " if mine[0]["step"] == 0 else "") + f"{last[key]:.3f}"
+        if manner == "kl":
+            print(f"  student, held-out KL:       {change} nats a token over whole responses of {last['response_len']:.0f} tokens")
+        else:
+            print(f"  student, {manner + ' accuracy:':18} {change} (95% interval {last['low']:.3f} to {last['high']:.3f}), "
+                  f"P(finish) {last['finish']:.3f}, mean length {last['mean_len']:.0f}")
     for r in judged:
         if r["eval"] == "teacher":
-            print(f"  teacher, greedy:  accuracy {r['accuracy']:.3f}, mean length {r['mean_len']:.0f}")
+            print(f"  teacher, greedy accuracy:   {r['accuracy']:.3f}, mean length {r['mean_len']:.0f}")
     spent = {part: sum(r[f"seconds_{part}"] for r in steps) for part in ("sample", "teacher", "student")}
     print("  seconds: " + ", ".join(f"{part} {s:.1f}" for part, s in spent.items())
           + f"; all steps {final['total_seconds']:.1f}, evaluations {sum(r['seconds'] for r in judged):.1f}")

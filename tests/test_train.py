@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from data import HERE, load_jsonl
 from data.tokenizer import Tokenizer
+from eval import by_position
 from model import Transformer
 from sample import Rollout, generate
 
@@ -38,7 +39,8 @@ def step():
     student, teacher = (Transformer.from_pretrained(f, dtype=torch.float64) for f in (STUDENT, TEACHER))
     tokenizer = Tokenizer(STUDENT)
     prompts = [tokenizer.encode_prompt(r["prompt"]) for r in load_jsonl(HERE / "chains/train.jsonl")[:10]]
-    rollout = generate(student, prompts, 40, tokenizer.stop_ids, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    rollout = generate(student, prompts, 40, tokenizer.stop_ids, generator=generator, vocab=tokenizer.vocab_size)
     return student, teacher.requires_grad_(False), rollout, tokenizer
 
 
@@ -89,12 +91,50 @@ def test_student_equal_to_teacher_learns_nothing(step):
     assert max(g.abs().max() for g in found.values()) < 1e-12
 
 
+def test_padding_rows_of_either_head_change_nothing(step):
+    """Same tokenizer, heads padded to different sizes, and what is in the padding is wild."""
+    student, teacher, rollout, tokenizer = step
+    expected, stats = gradient(step)
+    wide = []
+    for model, rows in ((student, 30), (teacher, 75)):
+        copy = Transformer(model.config.__class__.from_dict(model.config.to_dict() | {"vocab_size": model.head.shape[0] + rows}))
+        weights = dict(model.state_dict())
+        padding = 100 * torch.randn(rows, model.config.hidden_size, generator=torch.Generator().manual_seed(0)).double()
+        weights["model.embed_tokens.weight"] = torch.cat([model.head.detach(), padding])
+        copy.double().load_state_dict(weights)
+        wide.append(copy)
+    found, wide_stats = gradient((wide[0], wide[1].requires_grad_(False), rollout, tokenizer))
+    assert torch.allclose(stats["kl"], wide_stats["kl"], atol=1e-12)
+    for name, g in expected.items():
+        assert torch.allclose(found[name][: len(g)], g, rtol=1e-8, atol=1e-12), name
+    assert not found["model.embed_tokens.weight"][len(expected["model.embed_tokens.weight"]) :].any()
+    again = generate(
+        wide[0], [rollout.tokens[i, : rollout.prompt_lens[i]].tolist() for i in range(10)], 40, tokenizer.stop_ids,
+        generator=torch.Generator().manual_seed(0), vocab=tokenizer.vocab_size,
+    )
+    assert torch.equal(again.tokens, rollout.tokens)
+
+
+def test_half_precision_weights_do_not_move_at_small_rates():
+    """Why the student's weights are float32 under the optimizer: bfloat16 has 8 bits, and Adam's step is about lr."""
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.full((4,), 0.05, dtype=dtype, requires_grad=True)
+        optimizer = torch.optim.AdamW([weight], lr=1e-6, weight_decay=0.0)
+        before = weight.detach().clone()
+        for _ in range(100):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        moved[dtype] = (before - weight.detach()).float().abs().max().item()
+    assert moved[torch.bfloat16] == 0 and math.isclose(moved[torch.float32], 1e-4, rel_tol=0.01)
+
+
 def test_positions_count_from_the_first_response_token(step):
     _, stats = gradient(step)
     counts = torch.bincount(stats["position"])
     lens = step[2].lens
     assert counts.tolist() == [int((lens > i).sum()) for i in range(int(lens.max()))]
-    curve = train.by_position(stats["kl"], stats["position"])
+    curve = by_position(stats["kl"], stats["position"])
     assert list(curve) == ["0", "1", "2", "4", "8", "16", "32"]
     assert math.isclose(curve["2"], stats["kl"][(stats["position"] == 2) | (stats["position"] == 3)].mean(), rel_tol=1e-9)
 

@@ -25,7 +25,7 @@ Two worse manners of answering exist, for the student to have read:
                 question's own line onto the value in hand.
 
 `python data/chains/prepare.py` writes train.jsonl and test.jsonl (they are committed; running it again changes nothing).
-`--sft` also writes the text the pair was trained on (not committed): sft_careful.jsonl and sft_mixed.jsonl.
+`--sft` also writes the text the pair was trained on (not committed): sft_short.jsonl, sft_careful.jsonl, sft_mixed.jsonl.
 `--curves` draws the readme's picture. `--tokenizer` trains the tokenizer and writes it, with the model configurations, into teacher/ and student/.
 
 No problem of the test set is in training, by construction: a problem belongs to the test set if and only if a hash of its
@@ -47,13 +47,13 @@ NAMES = [
 MAX_CHAIN = 11  # definitions between the question and a number, both ends counted
 
 
-def make_problem(rng: random.Random) -> dict:
+def make_problem(rng: random.Random, longest: int = MAX_CHAIN, distractors: tuple[int, int] = (2, 4)) -> dict:
     """Draw one problem: {"lines": {name: (ref or None, signed constant)} in prompt order, "question": name}.
 
     A line is `name=constant` (ref None) or `name=ref+constant` / `name=ref-constant`. Every value lies in 0..99.
     """
-    chain_length = rng.randint(2, MAX_CHAIN)
-    names = rng.sample(NAMES, chain_length + rng.randint(2, 4))
+    chain_length = rng.randint(2, longest)
+    names = rng.sample(NAMES, chain_length + rng.randint(*distractors))
     value = {names[0]: rng.randint(10, 40)}
     lines = {names[0]: (None, value[names[0]])}
     for i, name in enumerate(names[1:], start=1):
@@ -140,12 +140,17 @@ def is_test(problem: dict) -> bool:
     return hashlib.sha256(str(steps).encode()).digest()[0] < 16
 
 
-def make_rows(count: int, seed: str, test: bool, mix: tuple[float, float, float] = (1.0, 0.0, 0.0)) -> list[dict]:
-    """`count` rows {"prompt", "answer", "solution"} of distinct prompts; `mix` = shares of careful, careless, sloppy text."""
+def make_rows(
+    count: int, seed: str, test: bool, mix: tuple[float, float, float] = (1.0, 0.0, 0.0), short: bool = False
+) -> list[dict]:
+    """`count` rows {"prompt", "answer", "solution"} of distinct prompts; `mix` = shares of careful, careless, sloppy text.
+
+    short: chains of at most 4 definitions and at most 2 distractors, a first lesson in looking up a line.
+    """
     rng = random.Random(seed)
     rows, seen = [], set()
     while len(rows) < count:
-        problem = make_problem(rng)
+        problem = make_problem(rng, 4, (1, 2)) if short else make_problem(rng)
         prompt = prompt_text(problem)
         if is_test(problem) != test or prompt in seen:
             continue
@@ -197,14 +202,14 @@ def train_tokenizer(rows: list[dict]) -> None:
     print(f"tokenizer: {tokenizer.get_vocab_size()} tokens, padded to {vocab_size}")
     stop = tokenizer.token_to_id("<|im_end|>")
     pad = tokenizer.token_to_id("<|endoftext|>")
-    for folder, width, kv_heads in (("teacher", 128, 4), ("student", 96, 2)):
+    for folder, width in (("teacher", 128), ("student", 96)):
         wrapped = PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=2048
         )
         wrapped.save_pretrained(HERE / folder)
         Qwen3Config(
             vocab_size=vocab_size, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=kv_heads, head_dim=32, max_position_embeddings=2048,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=2048,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=True,
             bos_token_id=None, eos_token_id=stop, pad_token_id=pad, architectures=["Qwen3ForCausalLM"], dtype="float32",
         ).save_pretrained(HERE / folder)
@@ -226,11 +231,11 @@ def draw_curves(logs: dict[str, Path]) -> None:
             [i + 50 for i in range(0, len(loss) - 99, 100)], [sum(loss[i : i + 100]) / 100 for i in range(0, len(loss) - 99, 100)],
             color=color, label=name,
         )
-        for temperature, style in ((0.0, "o-"), (1.0, "o:")):
-            judged = [r for r in records if "eval" in r and r["temperature"] == temperature]
+        for manner, style in (("greedy", "o-"), ("sampled", "o:")):
+            judged = [r for r in records if r.get("manner") == manner]
             right.plot(
                 [r["step"] for r in judged], [r["accuracy"] for r in judged], style, color=color,
-                label=f"{name}, {'greedy' if temperature == 0 else 'sampled'}",
+                label=f"{name}, {manner}",
             )
     left.set(title="Supervised training loss", xlabel="step", ylabel="cross-entropy, nats per token", yscale="log")
     right.set(title="Accuracy on held-out problems", xlabel="step", ylabel="share right", ylim=(0, 1.02))
@@ -242,7 +247,7 @@ def draw_curves(logs: dict[str, Path]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sft", action="store_true", help="also write the supervised text of the pair (200,000 rows each)")
+    parser.add_argument("--sft", action="store_true", help="also write the supervised text of the pair (450,000 rows, 110 MB)")
     parser.add_argument("--tokenizer", action="store_true", help="train the tokenizer and write it with the configurations")
     parser.add_argument(
         "--curves", nargs=2, type=Path, metavar=("TEACHER_LOG", "STUDENT_LOG"), help="only draw curves.png from two log.jsonl"
@@ -257,6 +262,7 @@ def main() -> None:
     write_jsonl(HERE / "train.jsonl", train)
     write_jsonl(HERE / "test.jsonl", test)
     if args.sft:
+        write_jsonl(HERE / "sft_short.jsonl", make_rows(50_000, "short", test=False, short=True))
         write_jsonl(HERE / "sft_careful.jsonl", make_rows(200_000, "careful", test=False))
         write_jsonl(HERE / "sft_mixed.jsonl", make_rows(200_000, "mixed", test=False, mix=(0.2, 0.2, 0.6)))
     if args.tokenizer:

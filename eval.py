@@ -3,9 +3,9 @@
     python eval.py --model chains/student --data chains
     python eval.py --model out/step_000030 --data chains --temperature 1 --num_samples 4
 
-A response is right when its stated answer equals the reference (data/answers.py). Since a model trained on prefixes may stop
-ending its responses, accuracy is reported together with P(finish), the share of responses that end by themselves below
-the cap, and accuracy among those.
+A response is right when its stated answer equals the reference (data/answers.py). Since a model trained on prefixes may
+stop ending its responses, accuracy is reported together with P(finish), the share of responses that end by themselves
+below the cap, and accuracy among those.
 """
 
 import json
@@ -49,7 +49,8 @@ def evaluate(
     stop_ids: tuple[int, ...] | None = None,
     progress: bool = False,
 ) -> tuple[dict, list[dict]]:
-    """Answer every row's prompt `num_samples` times and grade: (summary, one record per response, in the order of rows).
+    """Answer every row's prompt `num_samples` times and grade: (summary, one record per response, in the order of
+    rows).
 
     Summary, all floats: accuracy (mean over problems of the share of right samples), low and high (Wilson 95% over
     problems), finish (share of responses ended by themselves), accuracy_given_finish (nan if none ended), no_answer,
@@ -67,8 +68,15 @@ def evaluate(
     for first in tqdm(range(0, len(jobs), batch_size), desc="eval", disable=not progress, leave=False):
         part = jobs[first : first + batch_size]
         rollout = generate(
-            model, [encoded[i] for i in part], max_new_tokens, stop_ids or tokenizer.stop_ids, temperature, top_k, top_p,
-            generator, vocab or tokenizer.vocab_size,
+            model,
+            [encoded[i] for i in part],
+            max_new_tokens,
+            stop_ids or tokenizer.stop_ids,
+            temperature,
+            top_k,
+            top_p,
+            generator,
+            vocab or tokenizer.vocab_size,
         )
         for k, i in enumerate(part):
             text = tokenizer.decode(rollout.text_ids(k))
@@ -114,8 +122,8 @@ def measure_kl(
 ) -> dict:
     """Reverse KL from student to teacher, in nats per token, over responses the student samples to the prompts.
 
-    Whole responses (up to max_new_tokens), whatever prefix was trained, so that `kl_by_position` shows what happens to the
-    tail. Draws from its own generator. Returns kl, kl_by_position, response_len, finish, seconds.
+    Whole responses (up to max_new_tokens), whatever prefix was trained, so that `kl_by_position` shows what happens to
+    the tail. Draws from its own generator. Returns kl, kl_by_position, response_len, finish, seconds.
     """
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(seed)
@@ -181,9 +189,12 @@ def preflight(
     first, last, ended = [], [], []  # (2, vocab) log-probabilities of student and teacher at a response's two ends
     for i, prompt in enumerate(encoded):
         row = torch.tensor([prompt + rollout.response(i)[:-1]], device=student.head.device)
-        log_p = torch.stack([
-            (m(row)[0, [len(prompt) - 1, -1]].float() @ m.head[:vocab].float().T).log_softmax(-1).cpu() for m in (student, teacher)
-        ])  # (2 models, 2 places, vocab)
+        log_p = torch.stack(
+            [
+                (m(row)[0, [len(prompt) - 1, -1]].float() @ m.head[:vocab].float().T).log_softmax(-1).cpu()
+                for m in (student, teacher)
+            ]
+        )  # (2 models, 2 places, vocab)
         first.append(log_p[:, 0])
         if rollout.finished[i]:
             last.append(log_p[:, 1])
@@ -200,20 +211,22 @@ def preflight(
         if text in tokenizer.special and opener not in stop_ids and a[opener] > 0.5 and b[opener] < 0.1:
             if "think" in text:
                 warnings.append(
-                    f"thinking-mode mismatch: the {writer} opens with {text!r} ({a[opener]:.2f}), the {reader} does not "
-                    f"({b[opener]:.1e}). Choose --thinking off, or a pair of one mode"
+                    f"thinking-mode mismatch: the {writer} opens with {text!r} ({a[opener]:.2f}), the {reader} does "
+                    f"not ({b[opener]:.1e}). Choose --thinking off, or a pair of one mode"
                 )
             else:
                 warnings.append(
-                    f"template mismatch: the {writer} expects {text!r} next ({a[opener]:.2f}), the {reader} does not "
-                    f"({b[opener]:.1e}), so the prompt probably lacks a part of the {writer}'s chat template. See --chat"
+                    f"template mismatch: the {writer} expects {text!r} next ({a[opener]:.2f}), the {reader} does "
+                    f"not ({b[opener]:.1e}), so the prompt probably lacks a part of the {writer}'s chat template. See --chat"
                 )
     if not ended:
         lines.append(f"stops: none of {len(prompts)} rollouts ended within {max_new_tokens} tokens")
         return lines, warnings
     p, q = torch.stack(last).exp().mean(0)
-    lines.append(f"stops: {len(ended)} of {len(prompts)} rollouts ended within {max_new_tokens} tokens; there, on average, "
-                 + ", ".join(f"{spell(i)}: student {p[i]:.1e}, teacher {q[i]:.1e}" for i in stop_ids))
+    lines.append(
+        f"stops: {len(ended)} of {len(prompts)} rollouts ended within {max_new_tokens} tokens; there, on average, "
+        + ", ".join(f"{spell(i)}: student {p[i]:.1e}, teacher {q[i]:.1e}" for i in stop_ids)
+    )
     used = max(set(ended), key=ended.count)
     preferred = max(stop_ids, key=lambda i: q[i])
     if preferred != used and q[preferred] > 100 * q[used]:
@@ -221,7 +234,9 @@ def preflight(
             "They are one class in the loss, so this costs nothing" if stop_class else
             "Every stop will be punished and responses will run to the cap: leave --stop_class on"
         )
-        warnings.append(f"stop mismatch: the student ends with {spell(used)}, the teacher with {spell(preferred)}. {effect}")
+        warnings.append(
+            f"stop mismatch: the student ends with {spell(used)}, the teacher with {spell(preferred)}. {effect}"
+        )
     return lines, warnings
 
 
@@ -259,7 +274,10 @@ def main(config: Config) -> None:
         seed=config.seed, progress=True,
     )
     manner = "greedy" if config.temperature == 0 else f"temperature {config.temperature}, top-p {config.top_p}"
-    print(f"{config.model} on {config.data}: {len(rows)} problems x {config.num_samples}, {manner}, cap {config.max_new_tokens}")
+    print(
+        f"{config.model} on {config.data}: {len(rows)} problems x {config.num_samples}, {manner}, "
+        f"cap {config.max_new_tokens}"
+    )
     print(f"  accuracy               {s['accuracy']:.3f}  (95% interval {s['low']:.3f} to {s['high']:.3f})")
     print(f"  P(finish)              {s['finish']:.3f}")
     print(f"  accuracy given finish  {s['accuracy_given_finish']:.3f}")

@@ -1,7 +1,8 @@
 """Divergences between a student and a teacher, from hidden states, without ever holding an (N, V) tensor.
 
-One row is one supervised position. The student's hidden state h and head W give logits z = W h / T, the teacher's give t
-the same way; p = softmax(z), q = softmax(t). The loss of on-policy distillation is the reverse Kullback-Leibler divergence
+One row is one supervised position. The student's hidden state h and head W give logits z = W h / T, the teacher's give
+t the same way; p = softmax(z), q = softmax(t). The loss of on-policy distillation is the reverse Kullback-Leibler
+divergence
 
     D = KL(p || q) = sum_v p_v (log p_v - log q_v)
 
@@ -9,9 +10,10 @@ Its gradient with respect to the logits has a closed form. With dp_v/dz_u = p_v 
 
     dD/dz_u = sum_v (log p_v - log q_v + 1) p_v (1[u = v] - p_u) = p_u (log p_u - log q_u - D)
 
-(the "+ 1" cancels, because the p_v sum to one). So autograd has nothing to record: `forward` below walks over chunks of rows,
-forms z and t, writes dz, and multiplies it straight back, dh = dz W and dW += dz^T h. `backward` only scales. That is four
-products with a head per row, and the live memory is a few (chunk, V) buffers plus dh and dW, however many rows there are.
+(the "+ 1" cancels, because the p_v sum to one). So autograd has nothing to record: `forward` below walks over chunks of
+rows, forms z and t, writes dz, and multiplies it straight back, dh = dz W and dW += dz^T h. `backward` only scales.
+That is four products with a head per row, and the live memory is a few (chunk, V) buffers plus dh and dW, however many
+rows there are.
 
     loss            value of a row                          gradient dz (times weight / T)
     reverse_kl      sum p (log p - log q)  = D              p (log p - log q - D)
@@ -22,10 +24,11 @@ products with a head per row, and the live memory is a few (chunk, V) buffers pl
     cross_entropy   -log p_y                                p - 1_y
 
 sampled_kl is the policy-gradient estimator (k1) on the sampled token y: over y ~ p its gradient averages to that of
-reverse_kl exactly, at a higher variance. Differentiating log p_y - log q_y itself would average to zero: the teacher drops out.
+reverse_kl exactly, at a higher variance. Differentiating log p_y - log q_y itself would average to zero: the teacher
+drops out.
 
-All of them treat the sampled tokens as given: how the student's earlier tokens change which later states it visits is not
-differentiated. That is what on-policy distillation means in practice.
+All of them treat the sampled tokens as given: how the student's earlier tokens change which later states it visits is
+not differentiated. That is what on-policy distillation means in practice.
 """
 
 import math
@@ -57,17 +60,19 @@ def distill_loss(
 
     hidden_s (N, H), head_s (V, H): the student's hidden states and head. hidden_t (N, H_t), head_t (V_t, H_t): the
         teacher's, taken as constants; may be None for cross_entropy only.
-    token_weights (N,): weight of each row, by default 1 / N. For a step split into parts, pass 1 / (rows of the whole step).
-    temperature: divides both models' logits. beta: the jsd's mixture, 0 < beta < 1.
+    token_weights (N,): weight of each row, by default 1 / N. For a step split into parts, pass 1 / (rows of the whole
+    step). temperature: divides both models' logits. beta: the jsd's mixture, 0 < beta < 1.
     targets (N,): the token that was sampled (or read); needed by sampled_kl and cross_entropy.
-    stop_ids: ids that end a response and mean the same; merged into one outcome in both models (their probabilities add)
-        before the divergence is taken, so that a student that stops with another id than the teacher is not punished for it.
+    stop_ids: ids that end a response and mean the same; merged into one outcome in both models (their probabilities
+    add)
+        before the divergence is taken, so that a student that stops with another id than the teacher is not punished
+        for it.
     vocab: number of real tokens; rows of the heads beyond it are padding and ignored. Default: the smaller head's.
     chunk_rows: rows handled at once; default: as many as fit CHUNK_BYTES.
 
-    Returns (loss, stats): a scalar, and detached (N,) tensors: "loss" (unweighted), "student_entropy", and where there is a
-    teacher "kl" (reverse, in nats), "teacher_entropy", "agree" (same most likely token); with targets "student_logprob" and,
-    with a teacher, "teacher_logprob".
+    Returns (loss, stats): a scalar, and detached (N,) tensors: "loss" (unweighted), "student_entropy", and where there
+    is a teacher "kl" (reverse, in nats), "teacher_entropy", "agree" (same most likely token); with targets
+    "student_logprob" and, with a teacher, "teacher_logprob".
     Raises ValueError on an unknown loss, missing targets or teacher, or ids beyond the vocabulary. Cannot be
     differentiated twice.
     """
@@ -158,7 +163,8 @@ class FusedDivergence(torch.autograd.Function):
                 if y is not None:
                     row["teacher_logprob"] = log_q.gather(-1, y)[:, 0]
 
-            # The row's loss and dz, its gradient with respect to the tempered logits: the table of the module's docstring.
+            # The row's loss and dz, its gradient with respect to the tempered logits: the table of the module's
+            # docstring.
             if loss == "reverse_kl":
                 row["loss"] = row["kl"]
                 dz = p * (log_ratio - row["kl"][:, None])

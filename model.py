@@ -1,9 +1,9 @@
 """A decoder-only transformer that reads and writes Hugging Face checkpoints of the Qwen2/2.5, Qwen3 and Llama families.
 
-The module tree spells the Hugging Face parameter names (`model.layers.0.self_attn.q_proj.weight`, ...), so a checkpoint is
-loaded and saved without a table of names. The forward pass returns hidden states, not logits: the vocabulary head is a
-(V, H) matrix that sampling applies to one position a row and the loss applies chunk by chunk, so that a (B, T, V) tensor
-never exists.
+The module tree spells the Hugging Face parameter names (`model.layers.0.self_attn.q_proj.weight`, ...), so a checkpoint
+is loaded and saved without a table of names. The forward pass returns hidden states, not logits: the vocabulary head is
+a (V, H) matrix that sampling applies to one position a row and the loss applies chunk by chunk, so that a (B, T, V)
+tensor never exists.
 
     model = Transformer.from_pretrained("data/chains/teacher")
     hidden = model(tokens)                 # (B, T) -> (B, T, H)
@@ -40,10 +40,10 @@ class RMSNorm(nn.Module):
 def rope_frequencies(config) -> tuple[Tensor, float]:
     """The rotary frequencies, float32 (D/2,), in radians a token, and a factor on cos and sin.
 
-    Pair i of features turns by theta^(-2i/D) a token. The scaling kinds slow down the pairs that turn so slowly that they
-    did not complete a turn in the context of pretraining, so that longer contexts show them no angle they have not seen:
-    linear divides all frequencies alike; llama3 divides the slow ones, keeps the fast ones and interpolates between, by
-    wavelength; yarn (arXiv 2309.00071) the same by feature index, and sharpens attention by the factor.
+    Pair i of features turns by theta^(-2i/D) a token. The scaling kinds slow down the pairs that turn so slowly that
+    they did not complete a turn in the context of pretraining, so that longer contexts show them no angle they have not
+    seen: linear divides all frequencies alike; llama3 divides the slow ones, keeps the fast ones and interpolates
+    between, by wavelength; yarn (arXiv 2309.00071) the same by feature index, and sharpens attention by the factor.
     """
     rope, D = config.rope_parameters, head_dim_of(config)
     theta, kind = rope["rope_theta"], rope.get("rope_type", "default")
@@ -110,7 +110,8 @@ class KVCache:
         self.v[layer, rows, :, positions] = v
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all batch rows but `rows` (a 1-D index; repeats are allowed, to expand one prompt into several samples)."""
+        """Drop all batch rows but `rows` (a 1-D index; repeats are allowed, to expand one prompt into several
+        samples)."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
 
 
@@ -144,7 +145,11 @@ class Attention(nn.Module):
         if mask is None:  # training and prefill: every token sees itself and what came before it in its row
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         else:  # decoding: the new tokens see the cache
-            q, k, v = q.transpose(1, 2), cache.k[self.layer][:, :, : mask.shape[-1]], cache.v[self.layer][:, :, : mask.shape[-1]]
+            q, k, v = (
+                q.transpose(1, 2),
+                cache.k[self.layer][:, :, : mask.shape[-1]],
+                cache.v[self.layer][:, :, : mask.shape[-1]],
+            )
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
         )
@@ -206,8 +211,8 @@ class Transformer(nn.Module):
         Without `positions`, row tokens stand at 0..T-1 and attention is causal; pad on the right, where padding cannot
         be seen by what stands before it. With a cache, keys and values are also stored (prefill).
         With `positions` (B, T) and a cache, the tokens are written at their positions and each attends to the cache's
-        slots 0..position of its own row (decoding). `slots`, if given, promises that no position is beyond it, so that the
-        empty rest of the cache need not be read.
+        slots 0..position of its own row (decoding). `slots`, if given, promises that no position is beyond it, so that
+        the empty rest of the cache need not be read.
         """
         decoding = positions is not None and cache is not None
         if positions is None:
@@ -228,9 +233,9 @@ class Transformer(nn.Module):
         """Fresh weights from a seed, for training from scratch.
 
         Matrices are normal with variance 1 / fan-in, except that what each block adds to the stream starts at zero, so
-        that the tokens' identities are not drowned before there is anything to say about them. QK-norm gains start at 2:
-        at 1 the scores of a 32-wide head are at most 5.7 apart, too flat to single out one of a hundred tokens. On the
-        embedded task a lookup forms about three times sooner than with the families' own normal(0, 0.02).
+        that the tokens' identities are not drowned before there is anything to say about them. QK-norm gains start at
+        2: at 1 the scores of a 32-wide head are at most 5.7 apart, too flat to single out one of a hundred tokens. On
+        the embedded task a lookup forms about three times sooner than with the families' own normal(0, 0.02).
         """
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -247,9 +252,9 @@ class Transformer(nn.Module):
     def from_pretrained(cls, path: str, device="cpu", dtype: torch.dtype = torch.float32) -> "Transformer":
         """Load a checkpoint: a folder, or the name of a repository on the Hugging Face hub. Safetensors only.
 
-        The model is built on the meta device and filled tensor by tensor from memory-mapped files, so peak memory is one
-        copy of the weights. Raises InputError when the folder is no checkpoint, the architecture is not supported, or a
-        tensor is missing, unknown or of the wrong shape.
+        The model is built on the meta device and filled tensor by tensor from memory-mapped files, so peak memory is
+        one copy of the weights. Raises InputError when the folder is no checkpoint, the architecture is not supported,
+        or a tensor is missing, unknown or of the wrong shape.
         """
         folder = checkpoint_folder(path)
         with torch.device("meta"):
@@ -307,7 +312,10 @@ def check_config(config) -> None:
         raise InputError(f"model_type {config.model_type!r} is not supported (llama, qwen2 and qwen3 are)")
     rope = config.rope_parameters or {}
     needed = {
-        "default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ("factor",),
+        "default": (),
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+        "yarn": ("factor",),
     }
     kind = rope.get("rope_type", "default")
     if kind not in needed:
@@ -319,12 +327,15 @@ def check_config(config) -> None:
         raise InputError("partial_rotary_factor is not supported")
     if config.hidden_act != "silu":
         raise InputError(f"hidden_act {config.hidden_act!r} is not supported (silu is)")
-    if getattr(config, "use_sliding_window", False) or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+    if getattr(config, "use_sliding_window", False) or "sliding_attention" in (
+        getattr(config, "layer_types", None) or ()
+    ):
         raise InputError("sliding-window attention is not supported")
 
 
 def choose_device(name: str) -> torch.device:
-    """The device a flag names; an empty name takes the GPU where there is one. Raises InputError when it cannot be used."""
+    """The device a flag names; an empty name takes the GPU where there is one. Raises InputError when it cannot be
+    used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=name)
@@ -335,8 +346,8 @@ def choose_device(name: str) -> torch.device:
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """The local folder of a checkpoint given as a folder, as one of those in data/ (`chains/teacher`), or as the name of a
-    repository on the Hugging Face hub, which is downloaded and cached."""
+    """The local folder of a checkpoint given as a folder, as one of those in data/ (`chains/teacher`), or as the name
+    of a repository on the Hugging Face hub, which is downloaded and cached."""
     for folder in (Path(path), HERE / path):
         if folder.is_dir():
             return folder

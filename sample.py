@@ -42,9 +42,9 @@ class Rollout:
     def micro_batches(self, rows_at_once: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Parts of the rollout for the training forward: tokens (b, T), mask (b, T-1), position (n,).
 
-        hidden[:, i] predicts tokens[:, i + 1], so the mask marks the n positions that predict a response token: P-1 .. P+len-2
-        of each row, its own stop token included and nothing of the prompt. position counts from the response's start.
-        Rows of one length go together, the longest first, so that little is padded and memory peaks at once.
+        hidden[:, i] predicts tokens[:, i + 1], so the mask marks the n positions that predict a response token: P-1 ..
+        P+len-2 of each row, its own stop token included and nothing of the prompt. position counts from the response's
+        start. Rows of one length go together, the longest first, so that little is padded and memory peaks at once.
         """
         total_lens = self.prompt_lens + self.lens
         for rows in total_lens.argsort(descending=True).split(rows_at_once):
@@ -69,10 +69,10 @@ def generate(
 ) -> Rollout:
     """Sample one response per prompt, at most `max_new_tokens` long; a row ends early when it draws one of `stop_ids`.
 
-    Prompts may differ in length: each row writes keys and values at its own positions and sees only those below, so a row's
-    neighbours cannot change it. temperature 0 takes the most likely token. top_k and top_p cut the distribution and are
-    for evaluation: the loss of training assumes plain sampling. `vocab` is the number of real tokens; ids beyond it,
-    the padding of the head, are never drawn.
+    Prompts may differ in length: each row writes keys and values at its own positions and sees only those below, so a
+    row's neighbours cannot change it. temperature 0 takes the most likely token. top_k and top_p cut the distribution
+    and are for evaluation: the loss of training assumes plain sampling. `vocab` is the number of real tokens; ids
+    beyond it, the padding of the head, are never drawn.
 
     All uniform numbers are drawn from `generator` (on the CPU) before the first step, one per row and token. So a row's
     randomness depends on its place in `prompts`, not on when other rows end.
@@ -97,8 +97,8 @@ def generate(
     logprobs = torch.zeros(B, max_new_tokens, device=device)
     new_lens = torch.zeros(B, dtype=torch.long, device=device)
 
-    # Prefill: all prompts at once, padded on the right. What padding leaves in the cache lies at positions that the row's own
-    # response overwrites before it can see them.
+    # Prefill: all prompts at once, padded on the right. What padding leaves in the cache lies at positions that the
+    # row's own response overwrites before it can see them.
     cache = KVCache(model.config, B, longest + max_new_tokens, device, head.dtype)
     hidden = model(tokens[:, :longest], cache=cache)
     position = lens.to(device) - 1  # (b,) of the last token each active row has
@@ -140,7 +140,8 @@ def generate(
 def draw(
     logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One token per row of logits (B, V) by inverting the cumulative distribution at uniform (B,): ids (B,), logprobs (B,)."""
+    """One token per row of logits (B, V) by inverting the cumulative distribution at uniform (B,): ids (B,), logprobs
+    (B,)."""
     if temperature == 0:
         log_p = logits.log_softmax(-1)
         token = logits.argmax(-1)

@@ -16,8 +16,8 @@ pair, and everything in between.
 Read this file from the last line upwards, or from `train` downwards.
 """
 
-import contextlib
 import copy
+import functools
 import json
 import math
 import os
@@ -44,17 +44,29 @@ class Config:
     # The pair and the data
     student: str = flag("chains/student", "checkpoint folder or hub name of the model that learns")
     teacher: str = flag("chains/teacher", "checkpoint folder or hub name of the frozen model that scores")
-    init: str = flag("pretrained", "pretrained, or random: only --student's configuration, with fresh weights from --seed")
+    init: str = flag(
+        "pretrained", "pretrained, or random: only --student's configuration, with fresh weights from --seed"
+    )
     data: str = flag("chains", "training prompts: a name (data/NAME/train.jsonl) or a .jsonl file")
-    eval_data: str = flag("", "held-out problems, a name or a .jsonl file; empty takes --data's own test split, if it has one")
-    chat: str = flag("auto", "auto: prompts go through the student's chat template where there is one; on: demand it; off: bare")
+    eval_data: str = flag(
+        "", "held-out problems, a name or a .jsonl file; empty takes --data's own test split, if it has one"
+    )
+    chat: str = flag(
+        "auto", "auto: prompts go through the student's chat template where there is one; on: demand it; off: bare"
+    )
     system: str = flag("", "text of a system turn before each prompt, for checkpoints with a chat template")
     thinking: str = flag("", "on or off, for chat templates that have the switch")
-    stop_tokens: str = flag("", "further stop tokens besides those both checkpoints declare, comma-separated names or ids")
+    stop_tokens: str = flag(
+        "", "further stop tokens besides those both checkpoints declare, comma-separated names or ids"
+    )
     out_dir: str = flag("out", "where log.jsonl and the checkpoints go")
     # The method
-    prefix_len: int = flag(1024, "cut each response after this many tokens; lower it first when memory or time runs out")
-    rollout: str = flag("student", "who writes the responses: student (on-policy), teacher, or data (the field `solution`)")
+    prefix_len: int = flag(
+        1024, "cut each response after this many tokens; lower it first when memory or time runs out"
+    )
+    rollout: str = flag(
+        "student", "who writes the responses: student (on-policy), teacher, or data (the field `solution`)"
+    )
     loss: str = flag("reverse_kl", f"what is minimised: {', '.join(LOSSES)}")
     beta: float = flag(0.5, "mixture of the jsd loss, strictly between 0 and 1")
     temperature: float = flag(1.0, "of sampling and of both models' distributions in the loss")
@@ -62,7 +74,9 @@ class Config:
     # Optimisation
     steps: int = flag(30, "optimizer steps")
     batch_size: int = flag(64, "prompts a step")
-    micro_batch: int = flag(16, "rows that go forward and backward at once; lower it when memory runs out, nothing else changes")
+    micro_batch: int = flag(
+        16, "rows that go forward and backward at once; lower it when memory runs out, nothing else changes"
+    )
     lr: float = flag(2e-4, "peak learning rate; real models want 1e-6 to 1e-5")
     lr_schedule: str = flag("constant", "constant or cosine (to zero at the last step), after the warm-up")
     warmup: int = flag(2, "steps of linear warm-up")
@@ -73,12 +87,16 @@ class Config:
     # Evaluation
     eval_every: int = flag(0, "evaluate every this many steps, besides before and after; 0 is off")
     eval_problems: int = flag(500, "held-out problems to answer; 0 measures no accuracy")
-    eval_kl: int = flag(100, "held-out prompts to measure the reverse KL on, over whole responses of the student; 0 measures none")
+    eval_kl: int = flag(
+        100, "held-out prompts to measure the reverse KL on, over whole responses of the student; 0 measures none"
+    )
     max_new_tokens: int = flag(512, "cap on responses in evaluation")
     # The run
     seed: int = flag(1337, "of the data order, the sampling and fresh weights")
     device: str = flag("", "cpu, cuda, cuda:1, ...; empty chooses")
-    dtype: str = flag("", "float32 or bfloat16 for the forward passes (the student's own weights stay float32); empty chooses")
+    dtype: str = flag(
+        "", "float32 or bfloat16 for the forward passes (the student's own weights stay float32); empty chooses"
+    )
     save_every: int = flag(0, "checkpoint every this many steps, besides the last; 0 is off")
     keep: int = flag(2, "how many checkpoints stay")
     resume: bool = flag(False, "continue the run in --out_dir from its last complete checkpoint")
@@ -152,7 +170,9 @@ def open_run(config: Config, resume_step: int | None) -> None:
         log.write_text("".join(line + "\n" for line in complete if json.loads(line)["step"] <= resume_step))
 
 
-def save_checkpoint(config: Config, student: Transformer, tokenizer: Tokenizer, optimizer, step: int, totals: dict) -> Path:
+def save_checkpoint(
+    config: Config, student: Transformer, tokenizer: Tokenizer, optimizer, step: int, totals: dict
+) -> Path:
     """out_dir/step_NNNNNN: a Hugging Face folder plus what resuming needs. It appears whole or not at all."""
     out = Path(config.out_dir)
     final, temporary = out / f"step_{step:06d}", out / f".step_{step:06d}.incomplete"
@@ -165,7 +185,9 @@ def save_checkpoint(config: Config, student: Transformer, tokenizer: Tokenizer, 
         for key, value in state.items() if key != "step"
     }
     save_file(moments, temporary / "optimizer.safetensors")
-    (temporary / "state.json").write_text(json.dumps({"step": step, "totals": totals, "config": asdict(config)}, indent=1))
+    (temporary / "state.json").write_text(
+        json.dumps({"step": step, "totals": totals, "config": asdict(config)}, indent=1)
+    )
     for file in temporary.iterdir():  # on the disk before the name says so
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
@@ -190,7 +212,8 @@ def load_checkpoint(folder: Path, student: Transformer, optimizer) -> tuple[int,
 
 
 def batch_of(rows: list[dict], step: int, config: Config) -> list[dict]:
-    """The rows of a step: a fresh permutation every epoch, a function of (seed, step) alone, so resuming needs no state."""
+    """The rows of a step: a fresh permutation every epoch, a function of (seed, step) alone, so resuming needs no
+    state."""
     wanted = range(step * config.batch_size, (step + 1) * config.batch_size)
     batch = []
     for epoch in range(wanted.start // len(rows), (wanted.stop - 1) // len(rows) + 1):
@@ -216,11 +239,12 @@ def train_on(
     rollout: Rollout, student: Transformer, teacher: Transformer | None, config: Config, vocab: int,
     stop_ids: tuple[int, ...], autocast, clock: dict,
 ) -> dict:
-    """Accumulate the gradient of one step's loss over its micro-batches. Returns the statistics of every supervised row.
+    """Accumulate the gradient of one step's loss over its micro-batches. Returns the statistics of every supervised
+    row.
 
-    Each row is weighted by 1 / (supervised tokens of the whole step), so the gradient does not depend on how the step is
-    split. A response's own positions are all that is supervised: the stop token if the student drew it, no invented stop
-    where the prefix was cut, never the prompt.
+    Each row is weighted by 1 / (supervised tokens of the whole step), so the gradient does not depend on how the step
+    is split. A response's own positions are all that is supervised: the stop token if the student drew it, no invented
+    stop where the prefix was cut, never the prompt.
     """
     device, half = student.head.device, config.dtype == "bfloat16"
     supervised = int(rollout.lens.sum())
@@ -237,8 +261,8 @@ def train_on(
         with autocast():
             hidden_s = student(tokens[:, :-1])[mask]
         loss, row_stats = distill_loss(
-            hidden_s.bfloat16() if half else hidden_s, student.head, hidden_t, head_t, loss=config.loss, temperature=config.temperature,
-            beta=config.beta, targets=tokens[:, 1:][mask], vocab=vocab,
+            hidden_s.bfloat16() if half else hidden_s, student.head, hidden_t, head_t, loss=config.loss,
+            temperature=config.temperature, beta=config.beta, targets=tokens[:, 1:][mask], vocab=vocab,
             token_weights=torch.full((len(hidden_s),), 1.0 / supervised, device=device, dtype=student.head.dtype),
             stop_ids=stop_ids if config.stop_class and teacher is not None else (),
         )
@@ -324,14 +348,16 @@ def train(config: Config) -> None:
     half = dtype != torch.float32
 
     # The data: prompts to train on, problems to be judged on.
-    rows = load_jsonl(resolve(config.data, "train"), need=("prompt", "solution") if config.rollout == "data" else ("prompt",))
+    rows = load_jsonl(
+        resolve(config.data, "train"), need=("prompt", "solution") if config.rollout == "data" else ("prompt",)
+    )
     test = []
     if (config.eval_problems or config.eval_kl) and (config.eval_data or (HERE / config.data).is_dir()):
         need = ("prompt", "answer") if config.eval_problems else ("prompt",)
         test = load_jsonl(resolve(config.eval_data or config.data, "test"), need)
 
-    # The pair. The student's weights are float32 for the optimizer: at a rate of 1e-6 a bfloat16 weight would round back to
-    # what it was. In half precision the rollouts use a copy, refreshed every step.
+    # The pair. The student's weights are float32 for the optimizer: at a rate of 1e-6 a bfloat16 weight would round
+    # back to what it was. In half precision the rollouts use a copy, refreshed every step.
     student_folder = checkpoint_folder(config.student)
     tokenizer, teacher = Tokenizer(student_folder, config.chat, config.system, config.thinking), None
     vocab, stop_ids = tokenizer.vocab_size, {*tokenizer.stop_ids, *tokenizer.stop_ids_of(config.stop_tokens)}
@@ -351,10 +377,8 @@ def train(config: Config) -> None:
         student = Transformer.from_pretrained(resume_from or student_folder, device, torch.float32)
     sampler = copy.deepcopy(student).to(dtype).requires_grad_(False) if half else student
 
-    @contextlib.contextmanager
-    def autocast():
-        with torch.autocast(device.type, dtype=dtype, enabled=half):
-            yield
+    autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=half)
+    scorer = teacher if config.loss != "cross_entropy" else None  # cross-entropy looks at tokens only
 
     matrices = [p for p in student.parameters() if p.dim() > 1]
     vectors = [p for p in student.parameters() if p.dim() <= 1]
@@ -379,8 +403,14 @@ def train(config: Config) -> None:
             )
     rate = matmul_rate(device, dtype)
 
-    print(f"student {student_folder.name}: {sum(p.numel() for p in student.parameters()):,} parameters, float32", end="")
-    print(f"; teacher {teacher_folder.name}: {sum(p.numel() for p in teacher.parameters()):,}, {config.dtype}" if teacher else "")
+    print(
+        f"student {student_folder.name}: {sum(p.numel() for p in student.parameters()):,} parameters, float32", end=""
+    )
+    print(
+        f"; teacher {teacher_folder.name}: {sum(p.numel() for p in teacher.parameters()):,}, {config.dtype}"
+        if teacher
+        else ""
+    )
     print(f"vocabulary {vocab:,} of {student.head.shape[0]:,} rows; stop tokens "
           + ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in stop_ids)
           + (" (one class)" if config.stop_class and len(stop_ids) > 1 else ""))
@@ -409,8 +439,14 @@ def train(config: Config) -> None:
             if name == "teacher" and manner == "sampled":
                 continue
             found, _ = evaluate(
-                model, tokenizer, test[: config.eval_problems], max_new_tokens=config.max_new_tokens, temperature=temperature,
-                vocab=vocab, stop_ids=stop_ids, progress=True,
+                model,
+                tokenizer,
+                test[: config.eval_problems],
+                max_new_tokens=config.max_new_tokens,
+                temperature=temperature,
+                vocab=vocab,
+                stop_ids=stop_ids,
+                progress=True,
             )
             log({"step": step, "eval": name, "manner": manner, **found})
             said.append(f"{manner} accuracy {found['accuracy']:.3f}")
@@ -430,7 +466,9 @@ def train(config: Config) -> None:
         print(f"student before the first step: {judge(student, 'student', 0)}")
 
     interrupted = []
-    signal.signal(signal.SIGINT, lambda *_: interrupted.append(1) if not interrupted else signal.default_int_handler(*_))
+    signal.signal(
+        signal.SIGINT, lambda *_: interrupted.append(1) if not interrupted else signal.default_int_handler(*_)
+    )
     bar = tqdm(range(first_step, config.steps), initial=first_step, total=config.steps, desc="train")
     for step in bar:
         clock = {"sample": 0.0, "teacher": 0.0, "student": 0.0}
@@ -450,7 +488,7 @@ def train(config: Config) -> None:
         clock["sample"] = tick(device) - begin
 
         # 2. score and 3. learn
-        stats = train_on(rollout, student, teacher, config, vocab, stop_ids, autocast, clock)
+        stats = train_on(rollout, student, scorer, config, vocab, stop_ids, autocast, clock)
         start = tick(device)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf))
         loss = stats["loss"].double().mean().item()
@@ -468,9 +506,9 @@ def train(config: Config) -> None:
         seconds = tick(device) - begin
 
         # The books.
-        n, flop = int(rollout.lens.sum()), flop_books(rollout, writer, student, teacher)
+        n, flop = int(rollout.lens.sum()), flop_books(rollout, writer, student, scorer)
         totals["tokens_sampled"] += n if writer is not None else 0
-        totals["tokens_scored"] += n if teacher is not None else 0
+        totals["tokens_scored"] += n if scorer is not None else 0
         totals["tokens_trained"] += n
         totals["flop"] += sum(flop.values())
         totals["seconds"] += seconds
@@ -486,7 +524,8 @@ def train(config: Config) -> None:
             "update_norm": update_norm(optimizer), **{f"total_{k}": v for k, v in totals.items()},
         })
         bar.set_postfix_str(
-            f"loss {loss:.4f}, KL/token {mean.get('kl', math.nan):.4f}, prefix_len {config.prefix_len}, {n / seconds:,.0f} tok/s"
+            f"loss {loss:.4f}, KL/token {mean.get('kl', math.nan):.4f}, prefix_len {config.prefix_len}, "
+            f"{n / seconds:,.0f} tok/s"
         )
 
         last = step + 1 == config.steps or bool(interrupted)
@@ -519,10 +558,15 @@ def summarize(log_path: Path, saved: Path) -> None:
         key, last = "kl" if manner == "kl" else "accuracy", mine[-1]
         change = (f"{mine[0][key]:.3f} -> " if mine[0]["step"] == 0 else "") + f"{last[key]:.3f}"
         if manner == "kl":
-            print(f"  student, held-out KL:       {change} nats a token over whole responses of {last['response_len']:.0f} tokens")
+            print(
+                f"  student, held-out KL:       {change} nats a token, over whole responses of "
+                f"{last['response_len']:.0f} tokens"
+            )
         else:
-            print(f"  student, {manner + ' accuracy:':18} {change} (95% interval {last['low']:.3f} to {last['high']:.3f}), "
-                  f"P(finish) {last['finish']:.3f}, mean length {last['mean_len']:.0f}")
+            print(
+                f"  student, {manner + ' accuracy:':18} {change} (95%: {last['low']:.3f} to {last['high']:.3f}), "
+                f"P(finish) {last['finish']:.3f}, mean length {last['mean_len']:.0f}"
+            )
     for r in judged:
         if r["eval"] == "teacher":
             print(f"  teacher, greedy accuracy:   {r['accuracy']:.3f}, mean length {r['mean_len']:.0f}")

@@ -71,8 +71,8 @@ def flag(default, help: str):
 def parse_flags(cls, doc: str, argv: list[str] | None = None):
     """An instance of the configuration dataclass `cls` from the command line: `--name value` or `--name=value`.
 
-    A bool field is a switch (`--name`, or `--name true|false`). An unknown or ill-typed flag ends the program with one line
-    and status 2, naming the nearest real flag.
+    A bool field is a switch (`--name`, or `--name true|false`). An unknown or ill-typed flag ends the program with one
+    line and status 2, naming the nearest real flag.
     """
     def boolean(text: str) -> bool:
         if text.lower() not in ("true", "false", "1", "0"):
@@ -88,7 +88,9 @@ def parse_flags(cls, doc: str, argv: list[str] | None = None):
         kind = type(f.default)
         help = f"{f.metadata['help']} ({f.default!r})"
         if kind is bool:
-            parser.add_argument(f"--{name}", type=boolean, nargs="?", const=True, default=f.default, help=help, metavar="bool")
+            parser.add_argument(
+                f"--{name}", type=boolean, nargs="?", const=True, default=f.default, help=help, metavar="bool"
+            )
         else:
             parser.add_argument(f"--{name}", type=kind, default=f.default, help=help, metavar=kind.__name__)
     try:

@@ -22,7 +22,8 @@ def extract_answer(text: str) -> str | None:
 
 
 def normalize(answer: str) -> str:
-    """Strip what does not change the value: $ signs, commas between digits, spaces, a trailing period, leading zeros."""
+    """Strip what does not change the value: $ signs, commas between digits, spaces, a trailing period, leading
+    zeros."""
     answer = answer.strip().strip("$").rstrip(".").replace("\\$", "").replace("$", "").strip()
     answer = re.sub(r"(?<=\d),(?=\d{3}\b)", "", answer)
     answer = re.sub(r"\s+", " ", answer)

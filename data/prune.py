@@ -49,4 +49,5 @@ if __name__ == "__main__":
         pruned = prune(args.source, args.out, {int(n) for n in args.drop.split(",")})
     except ValueError as error:  # InputError is one; so is int("x")
         stop(str(error))
-    print(f"{args.out}: {pruned.config.num_hidden_layers} layers, {sum(p.numel() for p in pruned.parameters()):,} parameters")
+    count = sum(p.numel() for p in pruned.parameters())
+    print(f"{args.out}: {pruned.config.num_hidden_layers} layers, {count:,} parameters")

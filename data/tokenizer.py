@@ -14,8 +14,15 @@ import tiktoken
 from data import InputError, read_json
 
 SIDE_FILES = (  # what a checkpoint folder holds besides its configuration and weights, copied along on saving
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "generation_config.json", "chat_template.jinja", "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template.jinja",
+    "tokenizer.model",
 )
 
 
@@ -27,7 +34,8 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def split_pattern(pre_tokenizer: dict) -> str | None:
-    """The regular expression that cuts a text into the pieces that are encoded one by one, or None if it is not known."""
+    """The regular expression that cuts a text into the pieces that are encoded one by one, or None if it is not
+    known."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     kinds = [step.get("type") for step in steps]
     if kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
@@ -95,8 +103,8 @@ class Tokenizer:
         ids = [vocab.get(a + b, -1) for a, b in self.merges]
         if ids != sorted(set(ids)):
             return None
-        # Some tokenizers (SmolLM2's) know no token for some rare bytes, and skip them. tiktoken wants one for each, so they get
-        # ids that nobody uses; a text that has such a byte is left to transformers.
+        # Some tokenizers (SmolLM2's) know no token for some rare bytes, and skip them. tiktoken wants one for each, so
+        # they get ids that nobody uses; a text that has such a byte is left to transformers.
         self.unknown_bytes = bytes(b for b in range(256) if bytes([b]) not in ranks)
         ranks |= {bytes([b]): 2**30 + b for b in self.unknown_bytes}
         return tiktoken.Encoding(self.folder.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special)
@@ -169,7 +177,8 @@ class Tokenizer:
         return self.encode(before[:start], special=True) + middle + self.encode(after[end:], special=True)
 
     def template_around(self, message: str) -> tuple[str, str] | tuple[None, None]:
-        """What the chat template writes before and after a user's message, or Nones if the message is not in there once."""
+        """What the chat template writes before and after a user's message, or Nones if the message is not in there
+        once."""
         turns = [{"role": "system", "content": self.system}] if self.system else []
         turns.append({"role": "user", "content": message})
         switch = {"enable_thinking": self.thinking == "on"} if self.thinking else {}
@@ -192,7 +201,10 @@ class Tokenizer:
         return found or None
 
     def check_chat(self) -> None:
-        for name, value, allowed in (("chat", self.chat, ("auto", "on", "off")), ("thinking", self.thinking, ("", "on", "off"))):
+        for name, value, allowed in (
+            ("chat", self.chat, ("auto", "on", "off")),
+            ("thinking", self.thinking, ("", "on", "off")),
+        ):
             if value not in allowed:
                 raise InputError(f"--{name} {value}: expected one of {', '.join(filter(None, allowed))}")
         if self.chat == "on" and self.chat_template() is None:
@@ -200,7 +212,9 @@ class Tokenizer:
         if self.thinking and "enable_thinking" not in (self.chat_template() or ""):
             raise InputError(f"--thinking {self.thinking}: the chat template of {self.folder} has no such switch")
         if self.system and not self.chats():
-            raise InputError(f"--system: {self.folder} renders prompts without a chat template, so there is no system turn")
+            raise InputError(
+                f"--system: {self.folder} renders prompts without a chat template, so there is no system turn"
+            )
 
     def stop_ids_of(self, names: str) -> tuple[int, ...]:
         """Ids of --stop_tokens, a comma-separated list of special tokens or ids."""
@@ -227,6 +241,6 @@ def check_same(student: Tokenizer, teacher: Tokenizer) -> None:
     for i in range(min(student.vocab_size, teacher.vocab_size)):
         if (ours := student.token_bytes(i)) != (theirs := teacher.token_bytes(i)):
             raise InputError(
-                f"student and teacher have different tokenizers: id {i} is {ours!r} in {student.folder} and {theirs!r} in "
-                f"{teacher.folder}. Choose a pair of one family"
+                f"student and teacher have different tokenizers: id {i} is {ours!r} in {student.folder} and {theirs!r} "
+                f"in {teacher.folder}. Choose a pair of one family"
             )

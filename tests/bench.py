@@ -61,14 +61,18 @@ def bench_load() -> None:
             for name, load in LOADERS.items():
                 code = PROBE.format(folder=folder, load=load.format(dtype=dtype), name=name)
                 root = Path(__file__).resolve().parent.parent
-                out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+                out = subprocess.run(
+                    [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+                ).stdout
                 peak, seconds = json.loads(out)
                 if name == "import only":
                     base = peak
                     continue
                 above = (peak - base - count * bytes_each) / 2**20
-                print(f"  {dtype:8} {name:12} peak {(peak - base) / 2**20:6.0f} MiB above imports, {above:6.0f} above the weights; "
-                      f"{seconds:.2f} s with one read of every weight")
+                print(
+                    f"  {dtype:8} {name:12} peak {(peak - base) / 2**20:6.0f} MiB above imports, "
+                    f"{above:6.0f} above the weights; {seconds:.2f} s with one read of every weight"
+                )
 
 
 if __name__ == "__main__":

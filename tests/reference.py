@@ -5,7 +5,18 @@ from torch import Tensor
 
 
 def dense_loss(
-    hidden_s, head_s, hidden_t, head_t, *, loss, token_weights, temperature=1.0, beta=0.5, targets=None, stop_ids=(), vocab=None
+    hidden_s,
+    head_s,
+    hidden_t,
+    head_t,
+    *,
+    loss,
+    token_weights,
+    temperature=1.0,
+    beta=0.5,
+    targets=None,
+    stop_ids=(),
+    vocab=None,
 ) -> Tensor:
     """distill_loss written from the definitions, all logits at once, differentiated by autograd."""
     vocab = vocab or min(head_s.shape[0], head_t.shape[0])

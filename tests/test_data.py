@@ -20,9 +20,18 @@ TEACHER = HERE / "chains/teacher"
 # --- the tokenizer
 
 TEXTS = [
-    "Dan=Hal-8\nHal=Eve+3\nEve=14\nDan?\n", "Dan=Hal-8=17-8=9\n#### 9", "", " ", "\n\n\n", "  \t leading and trailing  \n ",
-    "It's 1234567 o'clock, isn't it? WE'LL see...", "naïve café — ŝtrange ﬁgures ½ ٣ 三百", "日本語のテキスト 한국어 العربية",
-    "👩‍👩‍👧‍👦 🏳️‍🌈 🇺🇳", "\x00\x01\x7f\u200b\ufeff\U0010ffff", "if x == 3:\r\n\treturn {'a': [1, 2]}  # ok\r\n",
+    "Dan=Hal-8\nHal=Eve+3\nEve=14\nDan?\n",
+    "Dan=Hal-8=17-8=9\n#### 9",
+    "",
+    " ",
+    "\n\n\n",
+    "  \t leading and trailing  \n ",
+    "It's 1234567 o'clock, isn't it? WE'LL see...",
+    "naïve café — ŝtrange ﬁgures ½ ٣ 三百",
+    "日本語のテキスト 한국어 العربية",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 🇺🇳",
+    "\x00\x01\x7f\u200b\ufeff\U0010ffff",
+    "if x == 3:\r\n\treturn {'a': [1, 2]}  # ok\r\n",
     "<|im_end|> is only text here <|endoftext|>",
 ]
 
@@ -49,7 +58,8 @@ def test_stop_tokens_come_from_the_files(tmp_path):
 def test_chat_template_wraps_the_prompt_and_user_text_stays_text(tmp_path):
     shutil.copytree(TEACHER, tmp_path / "t")
     (tmp_path / "t/chat_template.jinja").write_text(
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{{ '<|im_start|>assistant\\n' }}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{{ '<|im_start|>assistant\\n' }}"
     )
     tokenizer = Tokenizer(tmp_path / "t")
     start, end = tokenizer.special["<|im_start|>"], tokenizer.special["<|im_end|>"]
@@ -63,7 +73,9 @@ def test_a_prompt_is_encoded_as_transformers_encodes_the_whole_conversation(tmp_
     for folder, trim in (("kept", ""), ("stripped", " | trim")):
         shutil.copytree(TEACHER, tmp_path / folder)
         (tmp_path / folder / "chat_template.jinja").write_text(
-            "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + (m.content" + trim + ") + '<|im_end|>\\n' }}{% endfor %}"
+            "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + (m.content"
+            + trim
+            + ") + '<|im_end|>\\n' }}{% endfor %}"
             "{{ '<|im_start|>assistant\\n' }}"
         )
         ours, theirs = Tokenizer(tmp_path / folder), AutoTokenizer.from_pretrained(tmp_path / folder)
@@ -75,22 +87,36 @@ def test_a_prompt_is_encoded_as_transformers_encodes_the_whole_conversation(tmp_
 
 STYLES = {  # pre-tokenizers as the families' tokenizer.json have them
     "gpt2": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    "smollm2": pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    ]),
-    "qwen2": pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-        ), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]),
-    "llama3": pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
-            r"|\s+"
-        ), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]),
+    "smollm2": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    ),
+    "qwen2": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                Regex(
+                    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+                ),
+                "isolated",
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+    "llama3": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                Regex(
+                    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+                ),
+                "isolated",
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
 }
 
 
@@ -113,9 +139,21 @@ def test_ids_equal_transformers_in_every_familys_style(style, tmp_path):
     ours, theirs = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert ours.encoding is not None
     rng = random.Random(0)
-    kinds = ("abcABC \n\t", "0123456789½٣ ", "   \n\r\t\u3000\xa0", "'sSdDmM tT", "éèñçÅÅ\u0301\u0327", "日本語한국ひら", "👩\u200d💻🇺🇳🏳️", ".,;:!?()[]{}<|>")
+    kinds = (
+        "abcABC \n\t",
+        "0123456789½٣ ",
+        "   \n\r\t\u3000\xa0",
+        "'sSdDmM tT",
+        "éèñçÅÅ\u0301\u0327",
+        "日本語한국ひら",
+        "👩\u200d💻🇺🇳🏳️",
+        ".,;:!?()[]{}<|>",
+    )
     noise = ["".join(rng.choice(rng.choice(kinds)) for _ in range(rng.randint(1, 60))) for _ in range(400)]
-    noise += ["".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(30)) for _ in range(50)]
+    noise += [
+        "".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(30))
+        for _ in range(50)
+    ]
     for text in TEXTS + prose + noise:
         ids = ours.encode(text)
         assert ids == theirs.encode(text, add_special_tokens=False, split_special_tokens=True), repr(text)
@@ -213,23 +251,52 @@ def test_unreadable_files_are_named(tmp_path):
 
 
 def test_line_separators_inside_a_string_do_not_split_it(tmp_path):
-    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "a\u2028b\x85c", "answer": ""}, ensure_ascii=False), encoding="utf-8")
+    (tmp_path / "x.jsonl").write_text(
+        json.dumps({"prompt": "a\u2028b\x85c", "answer": ""}, ensure_ascii=False), encoding="utf-8"
+    )
     assert load_jsonl(tmp_path / "x.jsonl")[0]["prompt"] == "a\u2028b\x85c"
 
 
-@pytest.mark.parametrize("text, found", [
-    ("so\n#### 9", "9"), ("#### 1\nno:\n#### 2", "2"), ("The answer is: 7", "7"), (r"\boxed{\frac{1}{2}} then", r"\frac{1}{2}"),
-    (r"\boxed{3} and #### 4", "3"), (r"\boxed{1} or \boxed{2", "1"), (r"\boxed{2", None), ("it is 12", None), ("", None),
-    ("####", None), ("#### \n5", None), (r"\boxed{}", None), (r"$$ \boxed {70} $$", "70"),
-])
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("so\n#### 9", "9"),
+        ("#### 1\nno:\n#### 2", "2"),
+        ("The answer is: 7", "7"),
+        (r"\boxed{\frac{1}{2}} then", r"\frac{1}{2}"),
+        (r"\boxed{3} and #### 4", "3"),
+        (r"\boxed{1} or \boxed{2", "1"),
+        (r"\boxed{2", None),
+        ("it is 12", None),
+        ("", None),
+        ("####", None),
+        ("#### \n5", None),
+        (r"\boxed{}", None),
+        (r"$$ \boxed {70} $$", "70"),
+    ],
+)
 def test_extract_answer(text, found):
     assert extract_answer(text) == found
 
 
-@pytest.mark.parametrize("response, reference, right", [
-    ("#### 9", "9", True), ("#### 9.", "9", True), ("#### 9.0", "9", True), ("#### 1,234", "1234", True), ("#### $5", "5", True),
-    ("#### 007", "7", True), ("#### 1/2", "0.5", True), ("#### 10", "9", False), ("9", "9", False), ("", "", False),
-    ("####", "", False), ("#### 1/0", "1/0.0", False), ("#### -3", "3", False), ("#### " + "9" * 10_000, "9", False),
-])
+@pytest.mark.parametrize(
+    "response, reference, right",
+    [
+        ("#### 9", "9", True),
+        ("#### 9.", "9", True),
+        ("#### 9.0", "9", True),
+        ("#### 1,234", "1234", True),
+        ("#### $5", "5", True),
+        ("#### 007", "7", True),
+        ("#### 1/2", "0.5", True),
+        ("#### 10", "9", False),
+        ("9", "9", False),
+        ("", "", False),
+        ("####", "", False),
+        ("#### 1/0", "1/0.0", False),
+        ("#### -3", "3", False),
+        ("#### " + "9" * 10_000, "9", False),
+    ],
+)
 def test_is_correct(response, reference, right):
     assert is_correct(response, reference) is right

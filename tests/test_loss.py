@@ -24,24 +24,35 @@ def test_values_and_gradients_equal_dense_autograd(loss, stop_ids, scale, chunk_
     hidden_s, head_s, hidden_t, head_t, targets, weights = make(scale=scale)
     targets[:3] = torch.tensor([3, 7, 9])
     options = {
-        "loss": loss, "token_weights": weights, "temperature": 0.7, "beta": 0.3, "targets": targets, "stop_ids": stop_ids,
+        "loss": loss,
+        "token_weights": weights,
+        "temperature": 0.7,
+        "beta": 0.3,
+        "targets": targets,
+        "stop_ids": stop_ids,
         "vocab": 19,
     }
     expected = dense_loss(hidden_s, head_s, hidden_t, head_t, **options)
     found, stats = distill_loss(hidden_s, head_s, hidden_t, head_t, chunk_rows=chunk_rows, **options)
     assert torch.allclose(found, expected, rtol=1e-12)
-    for a, b in zip(torch.autograd.grad(3 * found, (hidden_s, head_s)), torch.autograd.grad(3 * expected, (hidden_s, head_s))):
+    for a, b in zip(
+        torch.autograd.grad(3 * found, (hidden_s, head_s)), torch.autograd.grad(3 * expected, (hidden_s, head_s))
+    ):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-10 * scale)
     assert torch.allclose((stats["loss"] * weights).sum(), expected, rtol=1e-12)
     assert all(len(value) == 11 and not value.requires_grad for value in stats.values())
 
 
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "sampled_kl"])  # sampled_kl is a surrogate by design
+@pytest.mark.parametrize(
+    "loss", [name for name in LOSSES if name != "sampled_kl"]
+)  # sampled_kl is a surrogate by design
 def test_gradcheck(loss):
     hidden_s, head_s, hidden_t, head_t, targets, weights = make(n=3, v=7, h=3, v_t=7)
 
     def value(h, w):
-        return distill_loss(h, w, hidden_t, head_t, loss=loss, token_weights=weights[:3], targets=targets % 7, stop_ids=(1, 4))[0]
+        return distill_loss(
+            h, w, hidden_t, head_t, loss=loss, token_weights=weights[:3], targets=targets % 7, stop_ids=(1, 4)
+        )[0]
 
     assert torch.autograd.gradcheck(value, (hidden_s, head_s))
 
@@ -76,7 +87,13 @@ def test_sampled_kl_averages_to_the_exact_gradient():
     average = [torch.zeros_like(g) for g in exact]
     for y in range(9):  # the expectation, one token of the vocabulary at a time
         loss, _ = distill_loss(
-            hidden_s, head_s, hidden_t, head_t, loss="sampled_kl", targets=torch.full((2,), y), token_weights=p[:, y] / 2
+            hidden_s,
+            head_s,
+            hidden_t,
+            head_t,
+            loss="sampled_kl",
+            targets=torch.full((2,), y),
+            token_weights=p[:, y] / 2,
         )
         for total, g in zip(average, torch.autograd.grad(loss, (hidden_s, head_s))):
             total += g
@@ -131,7 +148,12 @@ def test_half_precision_inputs_keep_the_gradient():
     distill_loss(h, w, hidden, head_t)[0].backward()
     hd, wd = hidden.double().requires_grad_(), head.double().requires_grad_()
     dense_loss(
-        hd, wd, hidden.double(), head_t.double(), loss="reverse_kl", token_weights=torch.full((32,), 1 / 32, dtype=torch.float64)
+        hd,
+        wd,
+        hidden.double(),
+        head_t.double(),
+        loss="reverse_kl",
+        token_weights=torch.full((32,), 1 / 32, dtype=torch.float64),
     ).backward()
     assert (h.grad - hd.grad).norm() / hd.grad.norm() < 2e-2
     assert (w.grad - wd.grad).norm() / wd.grad.norm() < 2e-2

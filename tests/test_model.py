@@ -10,20 +10,35 @@ from data import HERE, InputError
 from model import KVCache, Transformer, count_flops
 
 SMALL = {
-    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "max_position_embeddings": 256,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "initializer_range": 0.2,
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    "initializer_range": 0.2,
 }
-SCALED = {k: v for k, v in SMALL.items() if k != "rope_parameters"} | {"num_attention_heads": 4, "num_key_value_heads": 2}
+SCALED = {k: v for k, v in SMALL.items() if k != "rope_parameters"} | {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 FAMILIES = {
     "qwen3": Qwen3Config(**SMALL, num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=False),
-    "qwen3-tied": Qwen3Config(**SMALL, num_attention_heads=6, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True),
+    "qwen3-tied": Qwen3Config(
+        **SMALL, num_attention_heads=6, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True
+    ),
     "qwen2": Qwen2Config(**SMALL, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True),
     "llama": LlamaConfig(**SMALL, num_attention_heads=6, num_key_value_heads=3, tie_word_embeddings=False),
     "llama-biases": LlamaConfig(
-        **SMALL, num_attention_heads=4, num_key_value_heads=4, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+        **SMALL,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=True,
     ),
     # scaled rotary embeddings, with an original context of 32 that the tests' sequences exceed
     "llama-llama3": LlamaConfig(**SCALED, rope_parameters=LLAMA3),
@@ -77,7 +92,8 @@ def test_a_saved_model_reloads_in_transformers(family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_decoding_equals_the_full_forward(family):
-    """Prefill ragged prompts, decode some tokens each, and compare every hidden state with the forward of the whole row."""
+    """Prefill ragged prompts, decode some tokens each, and compare every hidden state with the forward of the whole
+    row."""
     model = Transformer(FAMILIES[family]).initialize(seed=4).double()
     lens, new = torch.tensor([1, 7, 4]), 6
     tokens = torch.randint(0, 97, (3, 13), generator=torch.Generator().manual_seed(5))
@@ -146,7 +162,11 @@ def test_unusable_checkpoints_are_refused_by_name(tmp_path):
         Transformer.from_pretrained(folder)
     for name, change, message in (
         ("family", {"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
-        ("rope", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic'"),
+        (
+            "rope",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type 'dynamic'",
+        ),
         ("factor", {"rope_parameters": LLAMA3 | {"low_freq_factor": None}}, "validate_rope|needs a number"),
         ("window", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "sliding-window"),
     ):

@@ -1,4 +1,5 @@
-"""Each warning of the preflight, on a pair built to have the fault: models whose next token is a table of their last."""
+"""Each warning of the preflight, on a pair built to have the fault: models whose next token is a table of their
+last."""
 
 import json
 import shutil
@@ -52,8 +53,16 @@ def with_template(folder, name: str, text: str):
 
 def look(student, teacher, tokenizer, teacher_tokenizer=None, stop_ids=(END,), stop_class=True):
     return preflight(
-        student, teacher, tokenizer, teacher_tokenizer or tokenizer, ["Dan=5\nDan?\n"] * 3, stop_ids=stop_ids, vocab=645,
-        stop_class=stop_class, max_new_tokens=20, seed=0,
+        student,
+        teacher,
+        tokenizer,
+        teacher_tokenizer or tokenizer,
+        ["Dan=5\nDan?\n"] * 3,
+        stop_ids=stop_ids,
+        vocab=645,
+        stop_class=stop_class,
+        max_new_tokens=20,
+        seed=0,
     )
 
 

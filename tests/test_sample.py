@@ -7,8 +7,16 @@ from sample import draw, generate
 from tests.reference import full_recompute
 
 CONFIG = Qwen3Config(
-    vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=8, max_position_embeddings=256, initializer_range=0.3, tie_word_embeddings=True,
+    vocab_size=40,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+    initializer_range=0.3,
+    tie_word_embeddings=True,
     rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
 )
 
@@ -20,10 +28,15 @@ def model():
 
 def ragged_prompts(n: int, seed: int = 0, longest: int = 12) -> list[list[int]]:
     g = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, 40, (int(torch.randint(1, longest, (1,), generator=g)),), generator=g).tolist() for _ in range(n)]
+    return [
+        torch.randint(0, 40, (int(torch.randint(1, longest, (1,), generator=g)),), generator=g).tolist()
+        for _ in range(n)
+    ]
 
 
-@pytest.mark.parametrize("stop_ids", [(), (3,), (3, 11, 17, 22, 30)])  # ends never, sometimes, soon: rows leave the batch
+@pytest.mark.parametrize(
+    "stop_ids", [(), (3,), (3, 11, 17, 22, 30)]
+)  # ends never, sometimes, soon: rows leave the batch
 @pytest.mark.parametrize("cap", [1, 5, 60])
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.6])
 def test_equals_the_full_recompute_sampler_under_the_same_noise(model, stop_ids, cap, temperature):
@@ -64,13 +77,16 @@ def test_a_row_alone_is_the_row_in_a_batch(model):
 
 def test_same_seed_same_rollout_other_seed_another(model):
     a, b, c = (
-        generate(model, ragged_prompts(4), 20, (), generator=torch.Generator().manual_seed(seed)).tokens for seed in (1, 1, 2)
+        generate(model, ragged_prompts(4), 20, (), generator=torch.Generator().manual_seed(seed)).tokens
+        for seed in (1, 1, 2)
     )
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 def test_ids_beyond_the_vocabulary_are_never_drawn(model):
-    rollout = generate(model, ragged_prompts(20), 50, (), temperature=3.0, vocab=7, generator=torch.Generator().manual_seed(0))
+    rollout = generate(
+        model, ragged_prompts(20), 50, (), temperature=3.0, vocab=7, generator=torch.Generator().manual_seed(0)
+    )
     for i in range(20):
         assert max(rollout.response(i)) < 7
 

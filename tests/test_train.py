@@ -97,7 +97,9 @@ def test_padding_rows_of_either_head_change_nothing(step):
     expected, stats = gradient(step)
     wide = []
     for model, rows in ((student, 30), (teacher, 75)):
-        copy = Transformer(model.config.__class__.from_dict(model.config.to_dict() | {"vocab_size": model.head.shape[0] + rows}))
+        copy = Transformer(
+            model.config.__class__.from_dict(model.config.to_dict() | {"vocab_size": model.head.shape[0] + rows})
+        )
         weights = dict(model.state_dict())
         padding = 100 * torch.randn(rows, model.config.hidden_size, generator=torch.Generator().manual_seed(0)).double()
         weights["model.embed_tokens.weight"] = torch.cat([model.head.detach(), padding])
@@ -136,7 +138,9 @@ def test_positions_count_from_the_first_response_token(step):
     assert counts.tolist() == [int((lens > i).sum()) for i in range(int(lens.max()))]
     curve = by_position(stats["kl"], stats["position"])
     assert list(curve) == ["0", "1", "2", "4", "8", "16", "32"]
-    assert math.isclose(curve["2"], stats["kl"][(stats["position"] == 2) | (stats["position"] == 3)].mean(), rel_tol=1e-9)
+    assert math.isclose(
+        curve["2"], stats["kl"][(stats["position"] == 2) | (stats["position"] == 3)].mean(), rel_tol=1e-9
+    )
 
 
 def test_no_stop_is_invented_at_the_cut():
@@ -157,7 +161,9 @@ def test_every_epoch_sees_every_row_once():
 def test_flop_books_follow_the_tokens(step):
     student, teacher, rollout, _ = step
     books = train.flop_books(rollout, student, student, teacher)
-    alone = Rollout(rollout.tokens[:1], rollout.prompt_lens[:1], rollout.lens[:1], rollout.finished[:1], rollout.logprobs, 0)
+    alone = Rollout(
+        rollout.tokens[:1], rollout.prompt_lens[:1], rollout.lens[:1], rollout.finished[:1], rollout.logprobs, 0
+    )
     n, p = int(rollout.lens[0]), int(rollout.prompt_lens[0])
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -165,7 +171,10 @@ def test_flop_books_follow_the_tokens(step):
         teacher(rollout.tokens[:1, : p + n - 1])[:, -n:] @ teacher.head.T
     one = train.flop_books(alone, student, student, teacher)["flop_teacher"]
     t, c = p + n - 1, teacher.config  # torch counts all T x T pairs, the books the T(T+1)/2 attended ones
-    assert one == counter.get_total_flops() - 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * t * (t - 1) / 2
+    assert (
+        one
+        == counter.get_total_flops() - 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * t * (t - 1) / 2
+    )
     assert books["flop_student"] > books["flop_sample"] > 0
 
 
@@ -194,7 +203,16 @@ def comparable(out: Path) -> list[dict]:
 
 def test_train_prints_and_logs_what_the_readme_promises(finished_run):
     out, result = finished_run
-    for text in ("greedy accuracy", "sampled accuracy", "student, greedy", "teacher, greedy", "seconds: sample", "checkpoint", "KL/token", "tok/s"):
+    for text in (
+        "greedy accuracy",
+        "sampled accuracy",
+        "student, greedy",
+        "teacher, greedy",
+        "seconds: sample",
+        "checkpoint",
+        "KL/token",
+        "tok/s",
+    ):
         assert text in result.stdout + result.stderr
     steps = [r for r in records(out) if "loss" in r]
     assert [r["step"] for r in steps] == [1, 2, 3]
@@ -250,12 +268,18 @@ def test_eval_prints_the_summary_and_keeps_every_response(tmp_path):
     assert all("<|im_end|>" not in r["response"] for r in found["responses"] if r["finished"])
 
 
-@pytest.mark.parametrize("flags", [
-    ("--rollout", "data", "--loss", "cross_entropy"), ("--rollout", "data", "--loss", "forward_kl"),
-    ("--rollout", "teacher", "--loss", "cross_entropy"), ("--rollout", "student", "--loss", "jsd", "--beta", "0.3"),
-    ("--rollout", "student", "--loss", "sampled_kl"), ("--init", "random", "--rollout", "data", "--loss", "cross_entropy"),
-    ("--dtype", "bfloat16", "--lr_schedule", "cosine", "--weight_decay", "0.1", "--temperature", "0.8"),
-])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--rollout", "data", "--loss", "cross_entropy"),
+        ("--rollout", "data", "--loss", "forward_kl"),
+        ("--rollout", "teacher", "--loss", "cross_entropy"),
+        ("--rollout", "student", "--loss", "jsd", "--beta", "0.3"),
+        ("--rollout", "student", "--loss", "sampled_kl"),
+        ("--init", "random", "--rollout", "data", "--loss", "cross_entropy"),
+        ("--dtype", "bfloat16", "--lr_schedule", "cosine", "--weight_decay", "0.1", "--temperature", "0.8"),
+    ],
+)
 def test_other_sources_and_losses_run(flags, tmp_path):
     result = run("train.py", *TINY, "--eval_problems", "0", "--steps", "2", *flags, "--out_dir", tmp_path / "out")
     assert result.returncode == 0, result.stderr

@@ -9,8 +9,8 @@ A prompt is a small graph of definitions in shuffled order, some of them distrac
     Eve=14
     Dan?
 
-A *careful* response first plans backwards from the question, restating the lines it needs until it reaches a number, then
-computes forwards, a line a step, and states the answer:
+A *careful* response first plans backwards from the question, restating the lines it needs until it reaches a number,
+then computes forwards, a line a step, and states the answer:
 
     Dan=Hal-8
     Hal=Eve+3
@@ -24,13 +24,14 @@ Two worse manners of answering exist, for the student to have read:
     sloppy      no plan: grabs the first number of the prompt, follows whatever uses it, and at the end forces the
                 question's own line onto the value in hand.
 
-`python data/chains/prepare.py` writes train.jsonl and test.jsonl (they are committed; running it again changes nothing).
-`--sft` also writes the text the pair was trained on (not committed): sft_short.jsonl, sft_careful.jsonl, sft_mixed.jsonl.
-`--curves` draws the readme's picture. `--tokenizer` trains the tokenizer and writes it, with the model configurations, into teacher/ and student/.
+`python data/chains/prepare.py` writes train.jsonl and test.jsonl (they are committed; running it again changes
+nothing). `--sft` also writes the text the pair was trained on (not committed): sft_short.jsonl, sft_careful.jsonl,
+sft_mixed.jsonl. `--curves` draws the readme's picture. `--tokenizer` trains the tokenizer and writes it, with the model
+configurations, into teacher/ and student/.
 
-No problem of the test set is in training, by construction: a problem belongs to the test set if and only if a hash of its
-*arithmetic* (the first number and the operations along the chain, in order, whatever the names, the distractors and the
-order of the lines) falls in one sixteenth of the hash's range. `main` checks it again on what it wrote.
+No problem of the test set is in training, by construction: a problem belongs to the test set if and only if a hash of
+its *arithmetic* (the first number and the operations along the chain, in order, whatever the names, the distractors and
+the order of the lines) falls in one sixteenth of the hash's range. `main` checks it again on what it wrote.
 """
 
 import argparse
@@ -143,7 +144,8 @@ def is_test(problem: dict) -> bool:
 def make_rows(
     count: int, seed: str, test: bool, mix: tuple[float, float, float] = (1.0, 0.0, 0.0), short: bool = False
 ) -> list[dict]:
-    """`count` rows {"prompt", "answer", "solution"} of distinct prompts; `mix` = shares of careful, careless, sloppy text.
+    """`count` rows {"prompt", "answer", "solution"} of distinct prompts; `mix` = shares of careful, careless, sloppy
+    text.
 
     short: chains of at most 4 definitions and at most 2 distractors, a first lesson in looking up a line.
     """
@@ -175,7 +177,8 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 def train_tokenizer(rows: list[dict]) -> None:
     """A byte-level BPE with a split pattern close to Llama 3's, in which a sign goes with the word or number after it:
-    `Dan` (a line's own name), `=Dan` (a mention of it), `-8` and `=14` are one token each. Any other text has an encoding too."""
+    `Dan` (a line's own name), `=Dan` (a mention of it), `-8` and `=14` are one token each. Any other text has an
+    encoding too."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
 
@@ -196,7 +199,9 @@ def train_tokenizer(rows: list[dict]) -> None:
         show_progress=False,
     )
     # Every name in every role and every number at least once, so that the vocabulary does not hang on chance.
-    every = [f"{n}={m}+1=2\n{n}?\n" for n in NAMES for m in NAMES] + [f"{i}={i} {i}+{i % 10}-{i % 10}" for i in range(100)]
+    every = [f"{n}={m}+1=2\n{n}?\n" for n in NAMES for m in NAMES] + [
+        f"{i}={i} {i}+{i % 10}-{i % 10}" for i in range(100)
+    ]
     tokenizer.train_from_iterator(every * 3 + [r["prompt"] + r["solution"] for r in rows], trainer)
     vocab_size = 64 * -(-tokenizer.get_vocab_size() // 64)  # padded, as real checkpoints are
     print(f"tokenizer: {tokenizer.get_vocab_size()} tokens, padded to {vocab_size}")
@@ -217,7 +222,8 @@ def train_tokenizer(rows: list[dict]) -> None:
 
 
 def draw_curves(logs: dict[str, Path]) -> None:
-    """curves.png for the readme: training loss (mean of 100 steps) and held-out greedy accuracy from train.py's logs."""
+    """curves.png for the readme: training loss (mean of 100 steps) and held-out greedy accuracy from train.py's
+    logs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -228,8 +234,10 @@ def draw_curves(logs: dict[str, Path]) -> None:
         records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         loss = [r["loss"] for r in records if "loss" in r]
         left.plot(
-            [i + 50 for i in range(0, len(loss) - 99, 100)], [sum(loss[i : i + 100]) / 100 for i in range(0, len(loss) - 99, 100)],
-            color=color, label=name,
+            [i + 50 for i in range(0, len(loss) - 99, 100)],
+            [sum(loss[i : i + 100]) / 100 for i in range(0, len(loss) - 99, 100)],
+            color=color,
+            label=name,
         )
         for manner, style in (("greedy", "o-"), ("sampled", "o:")):
             judged = [r for r in records if r.get("manner") == manner]
@@ -247,10 +255,18 @@ def draw_curves(logs: dict[str, Path]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sft", action="store_true", help="also write the supervised text of the pair (450,000 rows, 110 MB)")
-    parser.add_argument("--tokenizer", action="store_true", help="train the tokenizer and write it with the configurations")
     parser.add_argument(
-        "--curves", nargs=2, type=Path, metavar=("TEACHER_LOG", "STUDENT_LOG"), help="only draw curves.png from two log.jsonl"
+        "--sft", action="store_true", help="also write the supervised text of the pair (450,000 rows, 110 MB)"
+    )
+    parser.add_argument(
+        "--tokenizer", action="store_true", help="train the tokenizer and write it with the configurations"
+    )
+    parser.add_argument(
+        "--curves",
+        nargs=2,
+        type=Path,
+        metavar=("TEACHER_LOG", "STUDENT_LOG"),
+        help="only draw curves.png from two log.jsonl",
     )
     args = parser.parse_args()
     if args.curves:

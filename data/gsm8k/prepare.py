@@ -3,8 +3,8 @@
     python data/gsm8k/prepare.py --source FOLDER    # from train.jsonl and test.jsonl as published (question, answer)
     python data/gsm8k/prepare.py                    # from the hub, data set openai/gsm8k; needs `pip install datasets`
 
-Writes train.jsonl and test.jsonl beside this file: prompt (the question), answer (the value after the last ####), solution
-(the published one, without the <<...>> calculator notes).
+Writes train.jsonl and test.jsonl beside this file: prompt (the question), answer (the value after the last ####),
+solution (the published one, without the <<...>> calculator notes).
 """
 
 import argparse
@@ -33,7 +33,9 @@ def main(source: str) -> None:
             try:
                 from datasets import load_dataset
             except ImportError:
-                raise InputError("the download needs `pip install datasets`; or give a local copy with --source") from None
+                raise InputError(
+                    "the download needs `pip install datasets`; or give a local copy with --source"
+                ) from None
             rows = list(load_dataset("openai/gsm8k", "main", split=split))
         text = "".join(json.dumps(convert(row), ensure_ascii=False) + "\n" for row in rows)
         (HERE / f"{split}.jsonl").write_text(text, encoding="utf-8", newline="\n")

@@ -217,7 +217,7 @@ def preflight(
             else:
                 warnings.append(
                     f"template mismatch: the {writer} expects {text!r} next ({a[opener]:.2f}), the {reader} does "
-                    f"not ({b[opener]:.1e}), so the prompt probably lacks a part of the {writer}'s chat template. See --chat"
+                    f"not ({b[opener]:.1e}), so the prompt probably lacks a part of the {writer}'s template. See --chat"
                 )
     if not ended:
         lines.append(f"stops: none of {len(prompts)} rollouts ended within {max_new_tokens} tokens")

@@ -77,7 +77,7 @@ class Config:
     micro_batch: int = flag(
         16, "rows that go forward and backward at once; lower it when memory runs out, nothing else changes"
     )
-    lr: float = flag(2e-4, "peak learning rate; real models want 1e-6 to 1e-5")
+    lr: float = flag(5e-4, "peak learning rate; real models want 1e-6 to 1e-5")
     lr_schedule: str = flag("constant", "constant or cosine (to zero at the last step), after the warm-up")
     warmup: int = flag(2, "steps of linear warm-up")
     weight_decay: float = flag(0.0, "AdamW's, on matrices only")

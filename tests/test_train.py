@@ -238,7 +238,7 @@ def test_a_resumed_run_equals_one_left_alone(finished_run, tmp_path):
     a, b = (load_file(o / "step_000003/model.safetensors") for o in (out, finished_run[0]))
     assert all(torch.equal(a[name], b[name]) for name in a)
     changed = run("train.py", *TINY, "--out_dir", out, "--resume", "--lr", "1e-3")
-    assert changed.returncode == 2 and "--lr is 0.001 now and was 0.0002" in changed.stderr
+    assert changed.returncode == 2 and "--lr is 0.001 now and was 0.0005" in changed.stderr
 
 
 def test_the_saved_student_reloads_in_transformers_with_the_same_logits(finished_run):

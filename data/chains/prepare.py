@@ -221,35 +221,34 @@ def train_tokenizer(rows: list[dict]) -> None:
         GenerationConfig(eos_token_id=stop, pad_token_id=pad).save_pretrained(HERE / folder)
 
 
-def draw_curves(logs: dict[str, Path]) -> None:
-    """curves.png for the readme: training loss (mean of 100 steps) and held-out greedy accuracy from train.py's
-    logs."""
+def draw_curves(folders: list[Path]) -> None:
+    """curves.png for the readme, from the run folders of both models' two stages: training loss (mean of 50 steps), and
+    accuracy on the test problems during the second stage."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
-    for (name, log), color in zip(logs.items(), ("#0072B2", "#D55E00")):
-        records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-        loss = [r["loss"] for r in records if "loss" in r]
-        left.plot(
-            [i + 50 for i in range(0, len(loss) - 99, 100)],
-            [sum(loss[i : i + 100]) / 100 for i in range(0, len(loss) - 99, 100)],
-            color=color,
-            label=name,
-        )
-        for manner, style in (("greedy", "o-"), ("sampled", "o:")):
-            judged = [r for r in records if r.get("manner") == manner]
-            right.plot(
-                [r["step"] for r in judged], [r["accuracy"] for r in judged], style, color=color,
-                label=f"{name}, {manner}",
-            )
-    left.set(title="Supervised training loss", xlabel="step", ylabel="cross-entropy, nats per token", yscale="log")
-    right.set(title="Accuracy on held-out problems", xlabel="step", ylabel="share right", ylim=(0, 1.02))
+    for name, stages, color in (("teacher", folders[:2], "#0072B2"), ("student", folders[2:], "#D55E00")):
+        loss, judged = [], []
+        for folder in stages:
+            records = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+            second_stage_from = len(loss)
+            loss += [r["loss"] for r in records if "loss" in r]
+            judged = [r for r in records if "eval" in r]
+        means = [sum(loss[i : i + 50]) / 50 for i in range(0, len(loss) - 49, 50)]
+        left.plot([50 * i + 25 for i in range(len(means))], means, color=color, label=name)
+        for manner, style in (("greedy", "o-"), ("sampled", "s:")):
+            points = [(second_stage_from + r["step"], r["accuracy"]) for r in judged if r["manner"] == manner]
+            right.plot(*zip(*points), style, color=color, markersize=4, label=f"{name}, {manner}")
+    left.axvline(second_stage_from, color="grey", linestyle="--", linewidth=1)
+    left.text(second_stage_from + 60, 2.0, "first lesson ends", color="grey")
+    left.set(title="Supervised training", xlabel="step", ylabel="cross-entropy, nats per token", yscale="log")
+    right.set(title="Accuracy on test problems, second stage", xlabel="step", ylabel="share right", ylim=(0, 1.03))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="center right", bbox_to_anchor=(1.0, 0.63))
     figure.savefig(HERE / "curves.png", dpi=110)
 
 
@@ -262,15 +261,12 @@ def main() -> None:
         "--tokenizer", action="store_true", help="train the tokenizer and write it with the configurations"
     )
     parser.add_argument(
-        "--curves",
-        nargs=2,
-        type=Path,
-        metavar=("TEACHER_LOG", "STUDENT_LOG"),
-        help="only draw curves.png from two log.jsonl",
+        "--curves", nargs=4, type=Path, metavar="RUN",
+        help="only draw curves.png, from out_teacher0 out_teacher out_student0 out_student"
     )
     args = parser.parse_args()
     if args.curves:
-        draw_curves(dict(zip(("teacher", "student"), args.curves)))
+        draw_curves(args.curves)
         return
 
     train, test = make_rows(8000, "train", test=False), make_rows(1000, "test", test=True)

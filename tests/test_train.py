@@ -253,8 +253,8 @@ def test_sample_shows_both_models_side_by_side():
     result = run("sample.py", "--max_new_tokens", "150")
     assert result.returncode == 0, result.stderr
     assert "--- chains/teacher:" in result.stdout and "--- chains/student:" in result.stdout and "####" in result.stdout
-    own = run("sample.py", "--prompt", "Dan=Hal-8\nHal=25\nDan?\n", "--model", TEACHER)
-    assert own.returncode == 0 and "#### 17" in own.stdout
+    own = run("sample.py", "--prompt", "Zed=Ivy+5\nDan=Hal-8\nIvy=31\nHal=Eve+3\nEve=14\nDan?\n", "--model", TEACHER)
+    assert own.returncode == 0 and "#### 9" in own.stdout
 
 
 def test_eval_prints_the_summary_and_keeps_every_response(tmp_path):
@@ -264,7 +264,7 @@ def test_eval_prints_the_summary_and_keeps_every_response(tmp_path):
     for text in ("accuracy ", "95% interval", "P(finish)", "accuracy given finish", "mean length", "cap rate"):
         assert text in result.stdout
     found = json.loads((tmp_path / "e.json").read_text())
-    assert len(found["responses"]) == 40 and found["summary"]["accuracy"] > 0.8
+    assert len(found["responses"]) == 40 and found["summary"]["accuracy"] > 0.9
     assert all("<|im_end|>" not in r["response"] for r in found["responses"] if r["finished"])
 
 
@@ -281,7 +281,8 @@ def test_eval_prints_the_summary_and_keeps_every_response(tmp_path):
     ],
 )
 def test_other_sources_and_losses_run(flags, tmp_path):
-    result = run("train.py", *TINY, "--eval_problems", "0", "--steps", "2", *flags, "--out_dir", tmp_path / "out")
+    blind = ("--eval_problems", "0", "--eval_kl", "0")
+    result = run("train.py", *TINY, *blind, "--steps", "2", *flags, "--out_dir", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert all(math.isfinite(r["loss"]) for r in records(tmp_path / "out"))
 

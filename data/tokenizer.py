@@ -70,6 +70,8 @@ class Tokenizer:
         spec = read_json(file)
         try:
             vocab = spec["model"]["vocab"]
+            if isinstance(vocab, list):  # Unigram: [token, score] pairs
+                vocab = {token: i for i, (token, _) in enumerate(vocab)}
             self.special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
             merges = spec["model"].get("merges", [])
             self.merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges]

@@ -162,6 +162,49 @@ def test_ids_equal_transformers_in_every_familys_style(style, tmp_path):
     assert bool(ours.unknown_bytes) == (style == "smollm2")
 
 
+def test_system_turn_and_thinking_switch(tmp_path):
+    shutil.copytree(TEACHER, tmp_path / "t")
+    (tmp_path / "t/chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+        "{% if enable_thinking %}<think>{% endif %}"
+    )
+    spelled = {
+        (): "[user]Dan?[assistant]", ("auto", "Be brief.", "on"): "[system]Be brief.[user]Dan?[assistant]<think>",
+        ("on", "", "off"): "[user]Dan?[assistant]", ("off",): "Dan?",
+    }
+    for options, text in spelled.items():
+        tokenizer = Tokenizer(tmp_path / "t", *options)
+        assert tokenizer.decode(tokenizer.encode_prompt("Dan?")) == text
+    for options, message in (
+        (("on",), "--chat on: .* has no chat template"), (("auto", "", "on"), "has no such switch"),
+        (("auto", "Be brief."), "without a chat template"), (("maybe",), "--chat maybe: expected one of"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Tokenizer(TEACHER, *options)
+
+
+def test_further_stop_tokens_by_name_or_id():
+    tokenizer = Tokenizer(TEACHER)
+    assert tokenizer.stop_ids_of("") == () and tokenizer.stop_ids_of("<|endoftext|>, 17") == (0, 17)
+    for name in ("<|nope|>", "644", "-1"):
+        with pytest.raises(InputError, match="neither a special token"):
+            tokenizer.stop_ids_of(name)
+
+
+def test_a_tokenizer_of_another_kind_is_served_by_transformers(tmp_path, capsys):
+    pieces = [("<unk>", 0.0), ("▁", -1.0), ("▁Dan", -2.0), ("a", -3.0), ("n", -3.0)]
+    other = RawTokenizer(models.Unigram(pieces, unk_id=0))
+    other.pre_tokenizer, other.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    other.add_special_tokens(["</s>"])
+    PreTrainedTokenizerFast(tokenizer_object=other, eos_token="</s>").save_pretrained(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    assert "transformers encodes" in capsys.readouterr().out
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer.encode("Dan an</s>")
+    assert ids == reference.encode("Dan an</s>", add_special_tokens=False, split_special_tokens=True)
+    assert tokenizer.decode(tokenizer.encode("Dan an")) == "Dan an" and tokenizer.stop_ids == (5,)
+
+
 def test_different_tokenizers_are_refused_by_the_first_id(tmp_path):
     shutil.copytree(TEACHER, tmp_path / "t")
     file = tmp_path / "t/tokenizer.json"

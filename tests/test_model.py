@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from data import HERE, InputError
+from data.prune import prune
 from model import KVCache, Transformer, count_flops
 
 SMALL = {
@@ -129,6 +130,24 @@ def test_sharded_checkpoints_load(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     loaded = Transformer.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
+
+
+def test_pruned_layers_are_the_ones_named(tmp_path):
+    folder = tmp_path / "whole"
+    shutil.copytree(HERE / "chains/teacher", folder)
+    pruned = prune(str(folder), str(tmp_path / "pruned"), {1, 2})
+    whole, loaded = Transformer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    assert loaded.config.num_hidden_layers == len(loaded.config.layer_types) == 2
+    tokens = torch.arange(40).view(2, 20)
+    whole.model.layers = torch.nn.ModuleList([whole.model.layers[0], whole.model.layers[3]])
+    expected = whole(tokens) @ whole.head.T
+    assert torch.equal(pruned(tokens) @ pruned.head.T, expected)
+    assert ((loaded(tokens).logits.float() - expected).norm() / expected.norm()) < 0.05  # bfloat16 on disk
+    cache = KVCache(pruned.config, 2, 20, "cpu", torch.float32)  # each layer writes to its new place
+    pruned(tokens, cache=cache)
+    assert cache.k.shape[0] == 2 and cache.k.flatten(1).abs().sum(1).all()
+    with pytest.raises(InputError, match="expected some of the layers 0 to 3"):
+        prune(str(folder), str(tmp_path / "none"), {4})
 
 
 def test_unusable_checkpoints_are_refused_by_name(tmp_path):

@@ -212,6 +212,10 @@ def train_tokenizer(rows: list[dict]) -> None:
             tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=2048
         )
         wrapped.save_pretrained(HERE / folder)
+        file = HERE / folder / "tokenizer_config.json"
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that older versions of transformers know too
+        file.write_text(json.dumps(settings, indent=2), encoding="utf-8", newline="\n")
         Qwen3Config(
             vocab_size=vocab_size, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4,
             num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=2048,

@@ -274,6 +274,8 @@ class Transformer(nn.Module):
                     for name in tensors.keys():  # noqa: SIM118 (not a dict, and not iterable)
                         if name == "lm_head.weight" and model.config.tie_word_embeddings:
                             continue  # some tied checkpoints store the shared matrix twice
+                        if name.endswith("rotary_emb.inv_freq"):
+                            continue  # some old Llama checkpoints store what follows from the configuration
                         if name not in expected:
                             raise InputError(f"{file}: tensor {name} has no place in a {model.config.model_type} model")
                         tensor = tensors.get_tensor(name)
@@ -359,7 +361,10 @@ def checkpoint_folder(path: str | Path) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except (OSError, ValueError) as error:  # offline, not found, gated, disk full: the hub's own first line says which
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{path}: not a local folder, and the hub did not give it ({reason})") from None
+        raise InputError(
+            f"{path}: not a local folder, and the hub did not give it ({reason}). Without a network, give "
+            "the folder of a local copy"
+        ) from None
 
 
 def load_config(folder: str | Path):

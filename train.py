@@ -542,15 +542,16 @@ def train(config: Config) -> None:
         return
     if test and not interrupted:
         judge(student, "student", step + 1)
-    summarize(log_path, saved)
+    summarize(log_path, saved, bool(interrupted))
 
 
-def summarize(log_path: Path, saved: Path) -> None:
+def summarize(log_path: Path, saved: Path, cut: bool) -> None:
     """The last block, read from the log: what was learned, what it cost, where it lies."""
     records = [json.loads(line) for line in log_path.read_text().splitlines()]
     steps, judged = [r for r in records if "loss" in r], [r for r in records if "eval" in r]
     first, final = steps[0], steps[-1]
-    print(f"\nafter {final['step']} steps: loss {first['loss']:.4f} -> {final['loss']:.4f}")
+    note = " (interrupted; go on with --resume)" if cut else ""
+    print(f"\nafter {final['step']} steps{note}: loss {first['loss']:.4f} -> {final['loss']:.4f}")
     for manner in ("greedy", "sampled", "kl"):
         mine = [r for r in judged if r["eval"] == "student" and r["manner"] == manner]
         if not mine or mine[-1]["step"] != final["step"]:

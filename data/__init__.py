@@ -71,13 +71,13 @@ def flag(default, help: str):
 def parse_flags(cls, doc: str, argv: list[str] | None = None):
     """An instance of the configuration dataclass `cls` from the command line: `--name value` or `--name=value`.
 
-    A bool field is a switch (`--name`, or `--name true|false`). An unknown or ill-typed flag ends the program with one
+    A bool field is a switch (`--name`, or `--name on|off`). An unknown or ill-typed flag ends the program with one
     line and status 2, naming the nearest real flag.
     """
     def boolean(text: str) -> bool:
-        if text.lower() not in ("true", "false", "1", "0"):
+        if text.lower() not in ("true", "false", "on", "off", "1", "0"):
             raise ValueError(text)
-        return text.lower() in ("true", "1")
+        return text.lower() in ("true", "on", "1")
 
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, exit_on_error=False,

@@ -71,6 +71,8 @@ def test_logits_and_gradients_equal_transformers(family, tmp_path):
     tokens = torch.randint(0, 97, (3, 90), generator=torch.Generator().manual_seed(1))
     logits, expected = model(tokens) @ model.head.T, reference(tokens).logits
     assert (logits - expected).norm() / expected.norm() < 1e-5
+    hidden = reference.model(tokens).last_hidden_state
+    assert (model(tokens) - hidden).norm() / hidden.norm() < 1e-5
     probe = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
     (logits * probe).sum().backward()
     (expected * probe).sum().backward()
@@ -150,7 +152,8 @@ def test_pruned_layers_are_the_ones_named(tmp_path):
         prune(str(folder), str(tmp_path / "none"), {4})
 
 
-def test_unusable_checkpoints_are_refused_by_name(tmp_path):
+def test_unusable_checkpoints_are_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     Transformer(FAMILIES["qwen3"]).initialize(seed=8).save_pretrained(tmp_path / "good")
 
     def broken(name):
@@ -194,6 +197,8 @@ def test_unusable_checkpoints_are_refused_by_name(tmp_path):
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(InputError, match=message):
             Transformer.from_pretrained(folder)
+    with pytest.raises(InputError, match="the hub did not give it .* give the folder of a local copy"):
+        Transformer.from_pretrained("nobody-here/no-such-model")
     with pytest.raises(InputError, match="no config.json there"):
         Transformer.from_pretrained(str(tmp_path))
     with pytest.raises(InputError, match="no such folder"):

@@ -233,9 +233,9 @@ class Transformer(nn.Module):
         """Fresh weights from a seed, for training from scratch.
 
         Matrices are normal with variance 1 / fan-in, except that what each block adds to the stream starts at zero, so
-        that the tokens' identities are not drowned before there is anything to say about them. QK-norm gains start at
-        2: at 1 the scores of a 32-wide head are at most 5.7 apart, too flat to single out one of a hundred tokens. On
-        the embedded task a lookup forms about three times sooner than with the families' own normal(0, 0.02).
+        that the tokens' identities are not drowned before there is anything to say about them. On the embedded task the
+        loss falls in about half the steps of the families' own normal(0, 0.02). QK-norm gains start at 2, which lets
+        scores spread further than at 1; a trial showed no clear gain from it (LOG.md).
         """
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

@@ -1,12 +1,17 @@
 """Measurements, as ratios against a peer on the same machine. Run on a quiet machine; nothing here is a test.
 
     python tests/bench.py load     # peak memory and seconds of loading a checkpoint, ours and transformers'
+    python tests/bench.py loss     # speed and memory of the fused reverse KL, against dense autograd and TRL
+                                   # (pip install trl, if you want that column)
 """
 
+import gc
 import json
+import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -15,6 +20,7 @@ from transformers import Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from loss import distill_loss
 from model import Transformer
 
 LOADERS = {
@@ -75,9 +81,95 @@ def bench_load() -> None:
                 )
 
 
+def loss_ours(h, w, ht, wt):
+    return distill_loss(h, w, ht, wt)[0]
+
+
+def loss_dense(h, w, ht, wt):
+    log_p, log_q = (h @ w.T).log_softmax(-1), (ht @ wt.T).log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def loss_trl(h, w, ht, wt):
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    return ChunkedDivergenceFunction.apply(h, w, None, ht, wt, None, 1.0, 1.0)[0].mean()
+
+
+LOSS_SHAPES = {"SmolLM2": (49_152, 576, 576), "Qwen3": (151_936, 1024, 2560)}
+
+
+def loss_inputs(name: str, n: int) -> list[torch.Tensor]:
+    v, h, h_t = LOSS_SHAPES[name]
+    scale = 3.0  # of a logit
+    made = [torch.randn(n, h), torch.randn(v, h).mul_(scale / h**0.5),
+            torch.randn(n, h_t), torch.randn(v, h_t).mul_(scale / h_t**0.5)]  # fmt: skip
+    return [x.requires_grad_(i < 2) for i, x in enumerate(made)]
+
+
+def seconds(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def status_bytes(field: str) -> int:
+    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def loss_memory(name: str, n: str, which: str) -> None:
+    """Runs in a process of its own, whose peak it prints: bytes above the inputs, dH and dW."""
+    inputs = loss_inputs(name, int(n))
+    [x.sum() for x in inputs]
+    globals()[f"loss_{which}"](*[x[:2] if i in (0, 2) else x[:64] for i, x in enumerate(inputs)]).backward()  # warm up
+    inputs = [x.detach().requires_grad_(i < 2) for i, x in enumerate(inputs)]
+    gc.collect()
+    before = status_bytes("VmRSS")
+    globals()[f"loss_{which}"](*inputs).backward()
+    print(status_bytes("VmHWM") - before - sum(x.numel() * 4 for x in inputs[:2]))
+
+
+def bench_loss(rows: str = "256,1024,4096") -> None:
+    try:
+        import trl
+
+        peers = {"ours": loss_ours, "dense": loss_dense, "trl": loss_trl}
+        print(f"trl {trl.__version__}: ChunkedDivergenceFunction, its torch path")
+    except ImportError:
+        peers = {"ours": loss_ours, "dense": loss_dense}
+    memory = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024  # Linux
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, reverse KL, forward + backward; best")
+    print(f"of the runs; share = (6VH + 2VH_t) N / seconds over the rate of torch.mm at the same N, V, H in the plain"
+          f"\nlayout; MiB = peak above the inputs, dH and dW, in a process of its own")  # fmt: skip
+    for name, (v, h, h_t) in LOSS_SHAPES.items():
+        for n in map(int, rows.split(",")):
+            inputs = loss_inputs(name, n)
+            runs = {k: f for k, f in peers.items() if k == "ours" or n * v * 4 * 9 < memory or k == "trl"}
+            times = {k: [] for k in runs}
+            for _ in range(5 if n < 1000 else 3 if n < 4000 else 2):  # in turns, so that a slow minute hits all
+                for k, f in runs.items():
+                    for x in inputs[:2]:
+                        x.grad = None
+                    times[k].append(seconds(lambda: f(*inputs).backward()))
+            best = {k: min(t) for k, t in times.items()}
+            x, w, x_t, w_t = (i.detach() for i in inputs)
+            dense_rows = min(n, memory // (v * 4 * 4))
+            x, x_t, z, dw = x[:dense_rows], x_t[:dense_rows], torch.randn(dense_rows, v), torch.zeros(v, h)
+            products = (lambda: torch.mm(x, w.T, out=z), lambda: torch.mm(x_t, w_t.T, out=z), lambda: torch.mm(z, w),
+                        lambda: torch.mm(z.T, x, out=dw))  # fmt: skip
+            rate = sum(min(seconds(p) for _ in range(3)) for p in products) / dense_rows
+            line = f"{name:8} N {n:5}: "
+            for k, t in best.items():
+                above = subprocess.run([sys.executable, __file__, "loss_memory", name, str(n), k], capture_output=True,
+                                       text=True, check=True).stdout  # fmt: skip
+                line += f"{k} {t:6.2f} s {int(above) / 2**20:6.0f} MiB"
+                line += f" ({t / best['ours']:.2f}x)  " if k != "ours" else f" share {rate * n / t:.0%}  "
+            print(line, flush=True)
+
+
 if __name__ == "__main__":
-    benches = {"load": bench_load}
-    if len(sys.argv) != 2 or sys.argv[1] not in benches:
-        sys.exit(f"usage: python tests/bench.py {'|'.join(benches)}")
+    benches = {"load": bench_load, "loss": bench_loss, "loss_memory": loss_memory}
+    if len(sys.argv) < 2 or sys.argv[1] not in benches:
+        sys.exit("usage: python tests/bench.py load|loss")
     torch.manual_seed(0)
-    benches[sys.argv[1]]()
+    benches[sys.argv[1]](*sys.argv[2:])

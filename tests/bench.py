@@ -107,10 +107,14 @@ def loss_inputs(name: str, n: int) -> list[torch.Tensor]:
     return [x.requires_grad_(i < 2) for i, x in enumerate(made)]
 
 
-def seconds(function) -> float:
+def seconds(function, *arguments, **options) -> float:
     start = time.perf_counter()
-    function()
+    function(*arguments, **options)
     return time.perf_counter() - start
+
+
+def forward_backward(loss, inputs) -> None:
+    loss(*inputs).backward()
 
 
 def status_bytes(field: str) -> int:
@@ -138,9 +142,9 @@ def bench_loss(rows: str = "256,1024,4096") -> None:
     except ImportError:
         peers = {"ours": loss_ours, "dense": loss_dense}
     memory = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024  # Linux
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, reverse KL, forward + backward; best")
-    print(f"of the runs; share = (6VH + 2VH_t) N / seconds over the rate of torch.mm at the same N, V, H in the plain"
-          f"\nlayout; MiB = peak above the inputs, dH and dW, in a process of its own")  # fmt: skip
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, reverse KL, forward + backward;")
+    print("best of the runs; share = (6VH + 2VH_t) N / seconds over the rate of torch.mm at the same N, V, H in the")
+    print("plain layout; MiB = peak above the inputs, dH and dW, in a process of its own")
     for name, (v, h, h_t) in LOSS_SHAPES.items():
         for n in map(int, rows.split(",")):
             inputs = loss_inputs(name, n)
@@ -150,14 +154,14 @@ def bench_loss(rows: str = "256,1024,4096") -> None:
                 for k, f in runs.items():
                     for x in inputs[:2]:
                         x.grad = None
-                    times[k].append(seconds(lambda: f(*inputs).backward()))
+                    times[k].append(seconds(forward_backward, f, inputs))
             best = {k: min(t) for k, t in times.items()}
             x, w, x_t, w_t = (i.detach() for i in inputs)
             dense_rows = min(n, memory // (v * 4 * 4))
             x, x_t, z, dw = x[:dense_rows], x_t[:dense_rows], torch.randn(dense_rows, v), torch.zeros(v, h)
-            products = (lambda: torch.mm(x, w.T, out=z), lambda: torch.mm(x_t, w_t.T, out=z), lambda: torch.mm(z, w),
-                        lambda: torch.mm(z.T, x, out=dw))  # fmt: skip
-            rate = sum(min(seconds(p) for _ in range(3)) for p in products) / dense_rows
+            products = (x, w.T, z), (x_t, w_t.T, z), (z, w, torch.empty_like(x)), (z.T, x, dw)
+            rate = sum(min(seconds(torch.mm, a, b, out=c) for _ in range(3)) for a, b, c in products) / dense_rows
+            del z, dw, products
             line = f"{name:8} N {n:5}: "
             for k, t in best.items():
                 above = subprocess.run([sys.executable, __file__, "loss_memory", name, str(n), k], capture_output=True,

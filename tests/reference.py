@@ -14,14 +14,18 @@ def dense_loss(
     token_weights,
     temperature=1.0,
     beta=0.5,
+    top_k=64,
+    top_k_of="teacher",
     targets=None,
     stop_ids=(),
     vocab=None,
+    bias_s=0.0,
+    bias_t=0.0,
 ) -> Tensor:
     """distill_loss written from the definitions, all logits at once, differentiated by autograd."""
     vocab = vocab or min(head_s.shape[0], head_t.shape[0])
-    z = (hidden_s @ head_s.T)[:, :vocab] / temperature
-    t = (hidden_t @ head_t.T)[:, :vocab] / temperature
+    z = (hidden_s @ head_s.T + bias_s)[:, :vocab] / temperature
+    t = (hidden_t @ head_t.T + bias_t)[:, :vocab] / temperature
     if len(stop_ids) > 1:  # a new vocabulary: everything else, then the class
         rest = [i for i in range(vocab) if i not in stop_ids]
         z, t = (torch.cat([x[:, rest], x[:, list(stop_ids)].logsumexp(-1, keepdim=True)], -1) for x in (z, t))
@@ -31,6 +35,13 @@ def dense_loss(
     p, q = log_p.exp(), log_q.exp()
     if loss == "reverse_kl":
         rows = (p * (log_p - log_q)).sum(-1)
+    elif loss == "topk_reverse_kl":
+        k = min(top_k, z.shape[1])
+        kept = torch.zeros_like(z, dtype=torch.bool).scatter_(1, (t if top_k_of == "teacher" else z).topk(k).indices, 1)
+        rows = (p * (log_p - log_q)).where(kept, 0).sum(-1)
+        if k < z.shape[1]:  # the bucket
+            log_P, log_Q = (x.masked_fill(kept, -torch.inf).logsumexp(-1) for x in (log_p, log_q))
+            rows = rows + log_P.exp() * (log_P - log_Q)
     elif loss == "forward_kl":
         rows = (q * (log_q - log_p)).sum(-1)
     elif loss == "jsd":

@@ -1,5 +1,9 @@
+import weakref
+
+import mpmath
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loss import LOSSES, distill_loss
 from tests.reference import dense_loss
@@ -16,6 +20,31 @@ def make(n=11, v=23, h=6, v_t=20, h_t=5, scale=1.0, seed=0, dtype=torch.float64)
     return hidden_s, head_s, hidden_t, head_t, targets, weights
 
 
+class Allocations(TorchDispatchMode):
+    """Adds up the bytes of every tensor storage made while it is active, until it dies."""
+
+    def __enter__(self):
+        self.alive, self.peak, self.seen = 0, 0, set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {x.untyped_storage()._cdata for x in torch.utils._pytree.tree_leaves((args, kwargs))
+                 if isinstance(x, torch.Tensor)}  # fmt: skip
+        out = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in known | self.seen:
+                storage = x.untyped_storage()
+                self.seen.add(storage._cdata)
+                self.alive += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.alive)
+        return out
+
+    def free(self, key, nbytes):
+        self.seen.discard(key)
+        self.alive -= nbytes
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("stop_ids", [(), (3, 7, 9)])
 @pytest.mark.parametrize("scale", [1.0, 30.0])  # 30: peaked distributions, most probabilities are 0 in float64
@@ -23,38 +52,204 @@ def make(n=11, v=23, h=6, v_t=20, h_t=5, scale=1.0, seed=0, dtype=torch.float64)
 def test_values_and_gradients_equal_dense_autograd(loss, stop_ids, scale, chunk_rows):
     hidden_s, head_s, hidden_t, head_t, targets, weights = make(scale=scale)
     targets[:3] = torch.tensor([3, 7, 9])
+    weights[4:6] = 0
+    g = torch.Generator().manual_seed(1)
+    bias_s = torch.randn(23, generator=g, dtype=torch.float64).requires_grad_()
     options = {
         "loss": loss,
         "token_weights": weights,
         "temperature": 0.7,
         "beta": 0.3,
+        "top_k": 5,
+        "top_k_of": "student" if chunk_rows == 4 else "teacher",
         "targets": targets,
         "stop_ids": stop_ids,
         "vocab": 19,
+        "bias_s": bias_s,
+        "bias_t": torch.randn(20, generator=g, dtype=torch.float64),
     }
     expected = dense_loss(hidden_s, head_s, hidden_t, head_t, **options)
     found, stats = distill_loss(hidden_s, head_s, hidden_t, head_t, chunk_rows=chunk_rows, **options)
     assert torch.allclose(found, expected, rtol=1e-12)
-    for a, b in zip(
-        torch.autograd.grad(3 * found, (hidden_s, head_s)), torch.autograd.grad(3 * expected, (hidden_s, head_s))
-    ):
+    inputs = (hidden_s, head_s, bias_s)
+    for a, b in zip(torch.autograd.grad(3 * found, inputs), torch.autograd.grad(3 * expected, inputs)):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-10 * scale)
     assert torch.allclose((stats["loss"] * weights).sum(), expected, rtol=1e-12)
     assert all(len(value) == 11 and not value.requires_grad for value in stats.values())
 
 
-@pytest.mark.parametrize(
-    "loss", [name for name in LOSSES if name != "sampled_kl"]
-)  # sampled_kl is a surrogate by design
+class Repeatable(torch.autograd.Function):
+    """distill_loss gives its gradient away at the first backward; gradcheck wants it several times."""
+
+    @staticmethod
+    def forward(ctx, function, *inputs):
+        ctx.function = function
+        ctx.save_for_backward(*inputs)
+        return function(*inputs).detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            return None, *torch.autograd.grad(ctx.function(*inputs), inputs, grad)
+
+
+@pytest.mark.parametrize("loss", [x for x in LOSSES if x != "sampled_kl"])  # that one is a surrogate: see its average
 def test_gradcheck(loss):
     hidden_s, head_s, hidden_t, head_t, targets, weights = make(n=3, v=7, h=3, v_t=7)
+    bias = torch.linspace(-1, 1, 7, dtype=torch.float64).requires_grad_()
 
-    def value(h, w):
-        return distill_loss(
-            h, w, hidden_t, head_t, loss=loss, token_weights=weights[:3], targets=targets % 7, stop_ids=(1, 4)
-        )[0]
+    def value(h, w, b):
+        options = {"targets": targets % 7, "stop_ids": (1, 4), "top_k": 2, "bias_s": b}
+        return distill_loss(h, w, hidden_t, head_t, loss=loss, token_weights=weights[:3], **options)[0]
 
-    assert torch.autograd.gradcheck(value, (hidden_s, head_s))
+    assert torch.autograd.gradcheck(lambda *x: Repeatable.apply(value, *x), (hidden_s, head_s, bias))
+
+
+def on_a_grid(kind: str, v: int = 301, h: int = 16, n: int = 13, seed: int = 0):
+    """float32 inputs of so few bits that every logit is exact in float32: what is left is the error of the loss."""
+    g = torch.Generator().manual_seed(seed)
+
+    def grid(*shape, step, most):
+        return torch.randint(-most, most + 1, shape, generator=g).float() * step
+
+    hidden_s, head_s = grid(n, h, step=2**-3, most=15), grid(v, h, step=2**-4, most=15)
+    hidden_t, head_t = hidden_s, grid(v, h, step=2**-4, most=15)
+    if kind == "nearly identical":
+        head_t = head_s + grid(v, h, step=2**-9, most=2)  # logits differ by about 0.01
+    hidden_s, hidden_t = hidden_s.clone(), hidden_t.clone()
+    if kind in ("peaked", "disjoint"):  # the first coordinate is for one token each: +60, for both the same or not
+        hidden_s[:, 0] = hidden_t[:, 0] = 8
+        head_s[:, 0] = head_t[:, 0] = 0
+        head_s[5, 0], head_t[5 if kind == "peaked" else 77, 0] = 7.5, 7.5
+    return hidden_s, head_s, hidden_t, head_t, torch.randint(0, v, (n,), generator=g)
+
+
+def in_fifty_digits(hidden_s, head_s, hidden_t, head_t, targets, loss, beta, top_k):
+    """Values (N,) and gradients with respect to the logits (N, V) from the definitions, where float64 has too few
+    digits: at +60 it cannot tell a probability from 1."""
+    mpmath.mp.dps = 50
+    values, gradients = [], []
+    for z, t, y in zip((hidden_s.double() @ head_s.double().T).tolist(),
+                       (hidden_t.double() @ head_t.double().T).tolist(), targets.tolist()):  # fmt: skip
+        p, q = ([mpmath.exp(x) for x in row] for row in (z, t))
+        Z, Y = mpmath.fsum(p), mpmath.fsum(q)
+        p, q = [x / Z for x in p], [x / Y for x in q]
+        s = [mpmath.log(a / b) for a, b in zip(p, q)]
+        value = mpmath.fsum(a * b for a, b in zip(p, s))
+        if loss == "topk_reverse_kl":
+            kept = set(sorted(range(len(t)), key=lambda i: -t[i])[:top_k])
+            P, Q = (mpmath.fsum(x for i, x in enumerate(r) if i not in kept) for r in (p, q))
+            s = [x if i in kept else mpmath.log(P / Q) for i, x in enumerate(s)]
+            value = mpmath.fsum(a * b for a, b in zip(p, s))
+        elif loss == "jsd":
+            m = [(1 - beta) * a + beta * b for a, b in zip(p, q)]
+            s = [(1 - beta) * mpmath.log(a / b) for a, b in zip(p, m)]
+            value = mpmath.fsum(a * b for a, b in zip(p, s))
+            value += beta * mpmath.fsum(a * mpmath.log(a / b) for a, b in zip(q, m))
+        mean = mpmath.fsum(a * b for a, b in zip(p, s))
+        dz = [a * (b - mean) for a, b in zip(p, s)]
+        if loss == "forward_kl":
+            value, dz = -mpmath.fsum(a * b for a, b in zip(q, s)), [a - b for a, b in zip(p, q)]
+        elif loss in ("sampled_kl", "cross_entropy"):
+            advantage = -s[y] if loss == "sampled_kl" else 1
+            value = -advantage * mpmath.log(p[y])
+            dz = [advantage * (a - (i == y)) for i, a in enumerate(p)]
+        values.append(float(value))
+        gradients.append([float(x) for x in dz])
+    return torch.tensor(values, dtype=torch.float64), torch.tensor(gradients, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", ["random", "peaked", "nearly identical", "disjoint"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_float32_and_bfloat16_against_fifty_digits(loss, kind):
+    *inputs, targets = on_a_grid(kind)
+    values, dz = in_fifty_digits(*inputs, targets, loss, beta=0.3, top_k=20)
+    options = {"loss": loss, "beta": 0.3, "top_k": 20, "targets": targets}
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        hidden_s, head_s, hidden_t, head_t = (x.to(dtype) for x in inputs)
+        if dtype == torch.bfloat16 and not torch.equal(head_t.float(), inputs[3]):
+            values, dz = in_fifty_digits(hidden_s, head_s, hidden_t, head_t, targets, loss, beta=0.3, top_k=20)
+        hidden_s.requires_grad_(), head_s.requires_grad_()
+        found, stats = distill_loss(hidden_s, head_s, hidden_t, head_t, **options)
+        # A divergence between nearly equal models is what is left of terms that cancel: hence the 1e-8 nats
+        assert torch.allclose(stats["loss"].double(), values, rtol=1e-5, atol=5e-8)
+        assert stats["kl"].min() > -5e-8 and (stats["loss"].min() > -5e-8 or loss == "sampled_kl")
+        expected = (dz @ head_s.detach().double() / len(dz), dz.T @ hidden_s.detach().double() / len(dz))
+        for a, b in zip(torch.autograd.grad(found, (hidden_s, head_s)), expected):
+            assert (a.double() - b).norm() < tolerance * b.norm()
+            rows = b.norm(dim=1) > 1e-30 * tolerance  # each row of dH and each token's of dW on its own
+            assert ((a.double() - b).norm(dim=1)[rows] < 10 * tolerance * b.norm(dim=1)[rows]).all()
+
+
+def test_the_naive_formula_in_float32_would_fail_that_test():
+    hidden_s, head_s, hidden_t, head_t, _ = on_a_grid("peaked")
+    _, dz = in_fifty_digits(hidden_s, head_s, hidden_t, head_t, torch.zeros(13).long(), "reverse_kl", 0.5, 1)
+    hidden_s.requires_grad_()
+    weights = torch.full((13,), 1 / 13)
+    naive = dense_loss(hidden_s, head_s, hidden_t, head_t, loss="reverse_kl", token_weights=weights)
+    gradient, = torch.autograd.grad(naive, hidden_s)
+    expected = dz @ head_s.double() / 13
+    assert (gradient.double() - expected).norm() > 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_random_float32(loss):
+    """Inputs of full precision, where the logits round as well."""
+    hidden_s, head_s, hidden_t, head_t, targets, weights = make(n=40, v=1000, v_t=1010, h=32, h_t=48, scale=0.3)
+    options = {"loss": loss, "targets": targets, "stop_ids": (1, 5), "temperature": 1.3}
+    expected = dense_loss(hidden_s, head_s, hidden_t, head_t, token_weights=weights, **options)
+    single = [x.detach().float().requires_grad_() for x in (hidden_s, head_s)]
+    found, _ = distill_loss(*single, hidden_t.float(), head_t.float(), token_weights=weights.float(), **options)
+    assert abs(found.item() - expected.item()) < 1e-5 * abs(expected.item())
+    for a, b in zip(torch.autograd.grad(found, single), torch.autograd.grad(expected, (hidden_s, head_s))):
+        assert (a.double() - b).norm() < 1e-5 * b.norm()
+
+
+def test_top_k_of_everything_is_the_reverse_kl_and_less_is_a_lower_bound():
+    hidden_s, head_s, hidden_t, head_t, *_ = make(v=20)
+    whole, _ = distill_loss(hidden_s, head_s, hidden_t, head_t)
+    options = {"loss": "topk_reverse_kl"}
+    values = [distill_loss(hidden_s, head_s, hidden_t, head_t, top_k=k, **options)[0] for k in range(1, 21)]
+    assert torch.allclose(values[-1], whole, rtol=1e-12)
+    assert all(0 <= a <= whole * (1 + 1e-12) for a in values)  # merging outcomes cannot raise a divergence
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_tied_weights_collect_both_gradients(loss):
+    """One parameter as embedding and head, and hidden states that depend on it: autograd adds the two paths."""
+    hidden_s, head_s, hidden_t, head_t, targets, weights = make()
+    options = {"loss": loss, "targets": targets, "token_weights": weights}
+    found, _ = distill_loss((head_s[:11] * hidden_s).tanh(), head_s, hidden_t, head_t, **options)
+    expected = dense_loss((head_s[:11] * hidden_s).tanh(), head_s, hidden_t, head_t, **options)
+    for a, b in zip(torch.autograd.grad(found, (head_s, hidden_s)), torch.autograd.grad(expected, (head_s, hidden_s))):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    hidden_s, head_s, hidden_t, head_t, *_ = make()
+    whole = torch.autograd.grad(distill_loss(hidden_s, head_s, hidden_t, head_t)[0], (hidden_s, head_s))
+    alone, = torch.autograd.grad(distill_loss(hidden_s, head_s.detach(), hidden_t, head_t)[0], hidden_s)
+    assert torch.equal(alone, whole[0])
+    alone, = torch.autograd.grad(distill_loss(hidden_s.detach(), head_s, hidden_t, head_t)[0], head_s)
+    assert torch.equal(alone, whole[1])
+
+
+def test_memory_stays_in_the_budget(monkeypatch):
+    """Counted: every byte that is alive at once beyond inputs, gradients and statistics."""
+    n, v, budget = 700, 4000, 6 * 2**20  # all logits at once: 2 x 11 MB
+    monkeypatch.setattr("loss.TILE", 2**14)
+    g = torch.Generator().manual_seed(0)
+    hidden_s, head_s = torch.randn(n, 8, generator=g).requires_grad_(), torch.randn(v, 8, generator=g).requires_grad_()
+    for loss in LOSSES:
+        with Allocations() as allocations:
+            total, _ = distill_loss(hidden_s, head_s, hidden_s.detach(), head_s.detach(), loss=loss,
+                                    targets=torch.zeros(n).long(), memory_budget=budget)  # fmt: skip
+            total.backward()
+        kept = 4 * (hidden_s.numel() + head_s.numel())
+        assert allocations.peak - kept < budget, (loss, allocations.peak - kept)
+        assert allocations.peak > budget / 2, "the budget is there to be used"
+        hidden_s.grad = head_s.grad = None
 
 
 def test_statistics_are_what_their_names_say():
@@ -164,6 +359,19 @@ def test_cannot_be_differentiated_twice():
     loss, _ = distill_loss(hidden_s, head_s, hidden_t, head_t)
     with pytest.raises(RuntimeError, match="differentiated twice"):
         torch.autograd.grad(loss, hidden_s, create_graph=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second time"):  # and not silently scaled twice
+        loss.backward()
+
+
+def test_autocast_changes_nothing():
+    hidden_s, head_s, hidden_t, head_t, *_ = make(dtype=torch.float32)
+    plain, _ = distill_loss(hidden_s, head_s, hidden_t, head_t)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, _ = distill_loss(hidden_s, head_s, hidden_t, head_t)
+    assert torch.equal(plain, cast)
+    for a, b in zip(torch.autograd.grad(plain, (hidden_s, head_s)), torch.autograd.grad(cast, (hidden_s, head_s))):
+        assert torch.equal(a, b)
 
 
 def test_unusable_arguments_are_named():
@@ -178,3 +386,11 @@ def test_unusable_arguments_are_named():
         distill_loss(hidden_s, head_s, hidden_t, head_t, loss="jsd", beta=1.0)
     with pytest.raises(ValueError, match="must lie below"):
         distill_loss(hidden_s, head_s, hidden_t, head_t, stop_ids=(2, 20))
+    with pytest.raises(ValueError, match="temperature must be positive, found 0"):
+        distill_loss(hidden_s, head_s, hidden_t, head_t, temperature=0)
+    with pytest.raises(ValueError, match="top_k must be at least 1 .* found 0 of 'teacher'"):
+        distill_loss(hidden_s, head_s, hidden_t, head_t, top_k=0)
+    with pytest.raises(ValueError, match="targets must lie below the vocabulary of 20, found 0 to 20"):
+        distill_loss(hidden_s, head_s, hidden_t, head_t, targets=torch.arange(11) * 2)
+    with pytest.raises(ValueError, match="vocab must lie between 1 and 20.*found 21"):
+        distill_loss(hidden_s, head_s, hidden_t, head_t, vocab=21)

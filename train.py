@@ -21,6 +21,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -28,6 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -69,6 +71,8 @@ class Config:
     )
     loss: str = flag("reverse_kl", f"what is minimised: {', '.join(LOSSES)}")
     beta: float = flag(0.5, "mixture of the jsd loss, strictly between 0 and 1")
+    top_k: int = flag(64, "tokens that the topk_reverse_kl loss tells apart; all others are one bucket")
+    top_k_of: str = flag("teacher", "whose most likely tokens those are: teacher or student")
     temperature: float = flag(1.0, "of sampling and of both models' distributions in the loss")
     stop_class: bool = flag(True, "treat all stop tokens of both models as one outcome in the loss")
     # Optimisation
@@ -103,18 +107,19 @@ class Config:
     overwrite: bool = flag(False, "discard the run in --out_dir")
 
 
-MAY_CHANGE = {"steps", "eval_every", "save_every", "keep", "resume", "overwrite"}  # between a run and its resumption
+# Between a run and its resumption. The last two change the last bits of the arithmetic at most.
+MAY_CHANGE = {"steps", "eval_every", "save_every", "keep", "resume", "overwrite", "out_dir", "device", "micro_batch"}
 
 
 def check_flags(config: Config) -> None:
     choices = {
         "init": ("pretrained", "random"), "rollout": ("student", "teacher", "data"), "loss": LOSSES,
-        "lr_schedule": ("constant", "cosine"), "dtype": ("", "float32", "bfloat16"),
+        "top_k_of": ("teacher", "student"), "lr_schedule": ("constant", "cosine"), "dtype": ("", "float32", "bfloat16"),
     }
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise InputError(f"--{name} {getattr(config, name)}: expected one of {', '.join(filter(None, allowed))}")
-    for name in ("prefix_len", "steps", "batch_size", "micro_batch", "max_new_tokens", "keep"):
+    for name in ("prefix_len", "steps", "batch_size", "micro_batch", "max_new_tokens", "keep", "top_k"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name} must be at least 1, found {getattr(config, name)}")
     for name in ("warmup", "weight_decay", "grad_clip", "eval_every", "eval_problems", "eval_kl", "save_every", "seed"):
@@ -140,7 +145,7 @@ def find_run(config: Config) -> Path | None:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out_dir {out} is a file, expected a folder")
     if config.resume:
-        complete = [f for f in sorted(out.glob("step_*")) if (f / "state.json").is_file()]
+        complete = checkpoints(out)
         if not complete:
             raise InputError(f"--resume: no complete checkpoint in --out_dir {out}")
         before = read_json(complete[-1] / "state.json")["config"]
@@ -150,11 +155,21 @@ def find_run(config: Config) -> Path | None:
         return complete[-1]
     if files_of_run(out) and not config.overwrite:
         raise InputError(f"--out_dir {out} already holds a run; continue it with --resume, discard it with --overwrite")
+    for name in ("student", "teacher"):
+        if any(old.resolve() in (used := Path(getattr(config, name)).resolve(), *used.parents)
+               for old in files_of_run(out)):  # fmt: skip
+            raise InputError(f"--overwrite would delete --{name} {getattr(config, name)}: choose another --out_dir")
     return None
 
 
+def checkpoints(out: Path) -> list[Path]:
+    """Complete checkpoints, the oldest first. Other folders are none of ours, whatever they are called."""
+    found = [f for f in out.glob("step_*") if re.fullmatch(r"step_\d{6,}", f.name) and (f / "state.json").is_file()]
+    return sorted(found, key=lambda f: int(f.name.removeprefix("step_")))
+
+
 def files_of_run(out: Path) -> list[Path]:
-    return sorted(out.glob("step_*")) + [f for f in (out / "log.jsonl", out / "config.json") if f.exists()]
+    return checkpoints(out) + [f for f in (out / "log.jsonl", out / "config.json") if f.exists()]
 
 
 def open_run(config: Config, resume_step: int | None) -> None:
@@ -166,19 +181,33 @@ def open_run(config: Config, resume_step: int | None) -> None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
     elif log.is_file():  # what was logged after the checkpoint will be logged again, and a torn last line goes
-        complete = [line for line in log.read_text().splitlines() if line.endswith("}")]
-        log.write_text("".join(line + "\n" for line in complete if json.loads(line)["step"] <= resume_step))
+        kept = [r for r in read_log(log) if r["step"] <= resume_step]
+        temporary = log.with_suffix(".incomplete")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        os.replace(temporary, log)
+
+
+def read_log(log: Path) -> list[dict]:
+    """The records of a log.jsonl up to the first line that a kill has torn."""
+    records = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
 
 
 def save_checkpoint(
-    config: Config, student: Transformer, tokenizer: Tokenizer, optimizer, step: int, totals: dict
+    config: Config, student: Transformer, tokenizer: Tokenizer, stop_ids: tuple[int, ...], optimizer, step: int,
+    totals: dict,
 ) -> Path:
     """out_dir/step_NNNNNN: a Hugging Face folder plus what resuming needs. It appears whole or not at all."""
     out = Path(config.out_dir)
     final, temporary = out / f"step_{step:06d}", out / f".step_{step:06d}.incomplete"
     shutil.rmtree(temporary, ignore_errors=True)
     student.save_pretrained(temporary)
-    tokenizer.save(temporary)
+    tokenizer.save(temporary, stop_ids)
     names = {p: name for name, p in student.named_parameters()}
     moments = {
         f"{names[p]}.{key}": value.contiguous() for p, state in optimizer.state.items()
@@ -197,17 +226,22 @@ def save_checkpoint(
         folder = os.open(out, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
-    for old in sorted(out.glob("step_*"))[: -config.keep]:
+    for old in checkpoints(out)[: -config.keep]:
         shutil.rmtree(old)
     return final
 
 
 def load_checkpoint(folder: Path, student: Transformer, optimizer) -> tuple[int, dict]:
     state = read_json(folder / "state.json")
-    moments = load_file(folder / "optimizer.safetensors", device=str(student.head.device))
-    for name, p in student.named_parameters():
-        optimizer.state[p] = {key: moments[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p]["step"] = torch.tensor(float(state["step"]))
+    file = folder / "optimizer.safetensors"
+    try:
+        moments = load_file(file, device=str(student.head.device))
+        for name, p in student.named_parameters():
+            optimizer.state[p] = {key: moments[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p]["step"] = torch.tensor(float(state["step"]), device=p.device)  # as fused AdamW wants it
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(f"{file}: not a complete optimizer state ({error}). Delete {folder} to resume from the "
+                         "checkpoint before it") from None  # fmt: skip
     return state["step"], state["totals"]
 
 
@@ -262,7 +296,8 @@ def train_on(
             hidden_s = student(tokens[:, :-1])[mask]
         loss, row_stats = distill_loss(
             hidden_s.bfloat16() if half else hidden_s, student.head, hidden_t, head_t, loss=config.loss,
-            temperature=config.temperature, beta=config.beta, targets=tokens[:, 1:][mask], vocab=vocab,
+            temperature=config.temperature, beta=config.beta, top_k=config.top_k, top_k_of=config.top_k_of,
+            targets=tokens[:, 1:][mask], vocab=vocab,
             token_weights=torch.full((len(hidden_s),), 1.0 / supervised, device=device, dtype=student.head.dtype),
             stop_ids=stop_ids if config.stop_class and teacher is not None else (),
         )
@@ -394,8 +429,12 @@ def train(config: Config) -> None:
         row["prompt_ids"] = tokenizer.encode_prompt(row["prompt"])
         if config.rollout == "data":
             row["solution_ids"] = tokenizer.encode(row["solution"])
+        if not row["prompt_ids"]:
+            raise InputError(f"--data {config.data}: a prompt is empty, and this tokenizer puts nothing before it")
     longest = max(len(row["prompt_ids"]) for row in rows)
-    for model in (student, teacher):
+    for name, model in (("student", student), ("teacher", teacher)):
+        if model is not None and vocab > model.head.shape[0]:
+            raise InputError(f"--{name}: its tokenizer has {vocab} ids, its head {model.head.shape[0]} rows")
         if model is not None and longest + config.prefix_len > model.config.max_position_embeddings:
             raise InputError(
                 f"--prefix_len {config.prefix_len} and the longest prompt of --data, {longest} tokens, exceed the "
@@ -444,6 +483,7 @@ def train(config: Config) -> None:
                 test[: config.eval_problems],
                 max_new_tokens=config.max_new_tokens,
                 temperature=temperature,
+                batch_size=config.batch_size,
                 vocab=vocab,
                 stop_ids=stop_ids,
                 progress=True,
@@ -452,9 +492,9 @@ def train(config: Config) -> None:
             said.append(f"{manner} accuracy {found['accuracy']:.3f}")
         if config.eval_kl and teacher is not None and name == "student":
             found = measure_kl(
-                student, teacher, [tokenizer.encode_prompt(row["prompt"]) for row in test[: config.eval_kl]],
+                model, teacher, [tokenizer.encode_prompt(row["prompt"]) for row in test[: config.eval_kl]],
                 max_new_tokens=config.max_new_tokens, temperature=config.temperature, vocab=vocab, stop_ids=stop_ids,
-                stop_class=config.stop_class, micro_batch=config.micro_batch,
+                stop_class=config.stop_class, micro_batch=config.micro_batch, batch_size=config.batch_size,
             )
             log({"step": step, "eval": "student", "manner": "kl", **found})
             said.append(f"held-out KL {found['kl']:.4f} nats a token")
@@ -463,7 +503,7 @@ def train(config: Config) -> None:
     if test and resume_from is None and config.init != "random":
         if teacher is not None and config.eval_problems:
             print(f"teacher: {judge(teacher, 'teacher', 0)}")
-        print(f"student before the first step: {judge(student, 'student', 0)}")
+        print(f"student before the first step: {judge(sampler, 'student', 0)}")
 
     interrupted = []
     signal.signal(
@@ -530,24 +570,24 @@ def train(config: Config) -> None:
 
         last = step + 1 == config.steps or bool(interrupted)
         if test and config.eval_every and (step + 1) % config.eval_every == 0 and not last:
-            bar.write(f"step {step + 1}: {judge(student, 'student', step + 1)}")
+            bar.write(f"step {step + 1}: {judge(sampler, 'student', step + 1)}")
         if last or (config.save_every and (step + 1) % config.save_every == 0):
-            saved = save_checkpoint(config, student, tokenizer, optimizer, step + 1, totals)
+            saved = save_checkpoint(config, student, tokenizer, stop_ids, optimizer, step + 1, totals)
         if last:
             break
     bar.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if first_step >= config.steps:
-        print(f"nothing to do: the run in {config.out_dir} has its {config.steps} steps")
-        return
-    if test and not interrupted:
-        judge(student, "student", step + 1)
+        print(f"the run in {config.out_dir} has its {config.steps} steps already")
+        saved = resume_from
+    if test and not interrupted and not any("eval" in r and r["step"] >= config.steps for r in read_log(log_path)):
+        judge(sampler, "student", config.steps)
     summarize(log_path, saved, bool(interrupted))
 
 
 def summarize(log_path: Path, saved: Path, cut: bool) -> None:
     """The last block, read from the log: what was learned, what it cost, where it lies."""
-    records = [json.loads(line) for line in log_path.read_text().splitlines()]
+    records = read_log(log_path)
     steps, judged = [r for r in records if "loss" in r], [r for r in records if "eval" in r]
     first, final = steps[0], steps[-1]
     note = " (interrupted; go on with --resume)" if cut else ""

@@ -4,6 +4,7 @@ tiktoken is a byte-level BPE and nothing else, which is all that Qwen, Llama 3, 
 another kind is served by transformers, and says so. Chat templates are rendered by transformers.
 """
 
+import json
 import re
 import shutil
 import unicodedata
@@ -52,6 +53,15 @@ def split_pattern(pre_tokenizer: dict) -> str | None:
     return None
 
 
+def opening_ids(post_processor: dict) -> list[int]:
+    """Ids that the tokenizer puts before every text (Llama 3's <|begin_of_text|>), from tokenizer.json."""
+    for step in post_processor.get("processors", [post_processor]):
+        if step.get("type") == "TemplateProcessing":
+            names = [piece["SpecialToken"]["id"] if "SpecialToken" in piece else None for piece in step["single"]]
+            return [i for name in names[: names.index(None)] for i in step["special_tokens"][name]["ids"]]
+    return []
+
+
 class Tokenizer:
     """Tokenizer of a checkpoint folder.
 
@@ -73,6 +83,8 @@ class Tokenizer:
             if isinstance(vocab, list):  # Unigram: [token, score] pairs
                 vocab = {token: i for i, (token, _) in enumerate(vocab)}
             self.special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
+            self.plain = {t["content"] for t in spec.get("added_tokens", []) if not t.get("special")}  # such as <think>
+            self.bos_ids = opening_ids(spec.get("post_processor") or {})
             merges = spec["model"].get("merges", [])
             self.merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges]
             missing = next((a + b for a, b in self.merges if a + b not in vocab), None)
@@ -135,15 +147,19 @@ class Tokenizer:
         if not found:
             raise InputError(f"{self.folder}: none of its files declares an end-of-sequence token")
         stop_ids = tuple(sorted(i for i in found if i < self.vocab_size))
+        if not stop_ids:
+            raise InputError(f"{self.folder}: the end-of-sequence ids {sorted(found)} lie beyond its {self.vocab_size}")
         return stop_ids, stop_ids[0] if own is None else own
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a text. Text that spells a special token becomes one only with `special`."""
+        """Ids of a text. Text that spells a special token becomes one only with `special`; added tokens that are not
+        special, such as Qwen3's <think>, always do, as in transformers."""
+        text = text.encode("utf-8", "replace").decode()  # a lone half of a surrogate pair is no character
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
         if self.encoding is None or (self.unknown_bytes and set(text.encode()) & set(self.unknown_bytes)):
             return self.transformers().encode(text, add_special_tokens=False, split_special_tokens=not special)
-        return self.encoding.encode(text, allowed_special="all" if special else set(), disallowed_special=())
+        return self.encoding.encode(text, allowed_special="all" if special else self.plain, disallowed_special=())
 
     def decode(self, ids: list[int]) -> str:
         """Text of some ids, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
@@ -159,12 +175,13 @@ class Tokenizer:
         return bytes(self.alphabet[c] for c in token)
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """A prompt as the model expects it: through the chat template where the checkpoint has one, else as it is.
+        """A prompt as the model expects it: through the chat template where the checkpoint has one, else as it is, but
+        for the token that opens every text if the tokenizer has one.
 
         Special tokens are recognised in the template's own text only; in the user's prompt they stay text.
         """
         if not self.chats():
-            return self.encode(prompt)
+            return self.bos_ids + self.encode(prompt)
         before, after = self.template_around(" \ue000 ")
         if before is None:  # the template strips the message, as Llama 3's does
             before, after = self.template_around("\ue000")
@@ -228,11 +245,18 @@ class Tokenizer:
             found.append(i)
         return tuple(found)
 
-    def save(self, folder: str | Path) -> None:
-        """Copy the tokenizer's and the generation settings' files to another checkpoint folder."""
+    def save(self, folder: str | Path, stop_ids: tuple[int, ...] = ()) -> None:
+        """Copy the tokenizer's and the generation settings' files to another checkpoint folder. stop_ids, if given, are
+        what the model there was trained to stop with: whoever serves it must know."""
+        if not (self.folder / "tokenizer.json").is_file():
+            raise InputError(f"{self.folder}: its tokenizer.json is gone")
         for name in SIDE_FILES:
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, Path(folder) / name)
+        if stop_ids:
+            file = Path(folder) / "generation_config.json"
+            settings = read_json(file) if file.is_file() else {}
+            file.write_text(json.dumps(settings | {"eos_token_id": list(stop_ids)}, indent=1) + "\n")
 
 
 def check_same(student: Tokenizer, teacher: Tokenizer) -> None:

@@ -3,6 +3,22 @@
 import torch
 from torch import Tensor
 
+from model import Transformer
+
+
+def live(config, seed: int) -> Transformer:
+    """A random model in which everything matters. `initialize` starts what a block adds to the stream at zero, so that
+    a test on a fresh model would pass with any attention and any cache."""
+    model = Transformer(config).initialize(seed)
+    g = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
+                p.normal_(0.0, p.shape[-1] ** -0.5, generator=g)
+            elif p.dim() == 1:
+                p.mul_(1 + 0.3 * torch.randn(p.shape, generator=g))
+    return model
+
 
 def dense_loss(
     hidden_s,

@@ -4,7 +4,7 @@ import shutil
 import unicodedata
 
 import pytest
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -83,6 +83,29 @@ def test_a_prompt_is_encoded_as_transformers_encodes_the_whole_conversation(tmp_
             turns = [{"role": "user", "content": prompt}]
             expected = theirs.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
             assert ours.encode_prompt(prompt) == expected, (folder, prompt)
+
+
+def test_bare_prompts_open_as_the_tokenizer_opens_a_text(tmp_path):
+    """Llama 3's <|begin_of_text|>; and added tokens that are not special, such as <think>, are found in any text."""
+    shutil.copytree(TEACHER, tmp_path / "t")
+    file = tmp_path / "t/tokenizer.json"
+    inner = RawTokenizer.from_file(str(file))
+    inner.add_special_tokens(["<|begin|>"])
+    inner.add_tokens([AddedToken("<think>", normalized=False)])
+    begin = inner.token_to_id("<|begin|>")
+    opening = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", begin)])
+    for processor in (opening, processors.Sequence([processors.ByteLevel(trim_offsets=False), opening])):
+        inner.post_processor = processor
+        inner.save(str(file))
+        ours, theirs = Tokenizer(tmp_path / "t"), AutoTokenizer.from_pretrained(tmp_path / "t")
+        for text in ("Dan=Hal-8\nDan?", "", "a <think> b"):
+            assert ours.encode_prompt(text) == theirs(text).input_ids, text
+        assert ours.encode("Dan") == theirs("Dan", add_special_tokens=False).input_ids  # what follows a prompt
+    assert Tokenizer(TEACHER).bos_ids == []
+
+
+def test_half_a_surrogate_pair_is_no_crash():
+    assert Tokenizer(TEACHER).encode("a\ud800b") == Tokenizer(TEACHER).encode("a?b")
 
 
 STYLES = {  # pre-tokenizers as the families' tokenizer.json have them

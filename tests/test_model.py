@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from data import HERE, InputError
 from data.prune import prune
 from model import KVCache, Transformer, count_flops
+from tests.reference import live
 
 SMALL = {
     "vocab_size": 97,
@@ -84,7 +85,7 @@ def test_logits_and_gradients_equal_transformers(family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_model_reloads_in_transformers(family, tmp_path):
-    model = Transformer(FAMILIES[family]).initialize(seed=3)
+    model = live(FAMILIES[family], seed=3)
     model.save_pretrained(tmp_path)
     reference, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -97,7 +98,7 @@ def test_a_saved_model_reloads_in_transformers(family, tmp_path):
 def test_cached_decoding_equals_the_full_forward(family):
     """Prefill ragged prompts, decode some tokens each, and compare every hidden state with the forward of the whole
     row."""
-    model = Transformer(FAMILIES[family]).initialize(seed=4).double()
+    model = live(FAMILIES[family], seed=4).double()
     lens, new = torch.tensor([1, 7, 4]), 6
     tokens = torch.randint(0, 97, (3, 13), generator=torch.Generator().manual_seed(5))
     full = model(tokens)  # row i holds lens[i] + new tokens of interest, the rest is never looked at
@@ -112,15 +113,28 @@ def test_cached_decoding_equals_the_full_forward(family):
             assert torch.allclose(hidden, full[torch.arange(3)[:, None], at], atol=1e-10)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_token_hears_all_before_it_and_none_after(family):
+    """Also shows that the random models of these tests attend at all."""
+    model = live(FAMILIES[family], seed=5).double()
+    tokens = torch.arange(40)[None]
+    hidden = model(tokens)
+    for at in (0, 17, 38):
+        other = tokens.clone()
+        other[0, at] = 96
+        change = (model(other) - hidden).norm(dim=-1)[0]
+        assert not change[:at].any() and change[at:].min() > 1e-6
+
+
 def test_padding_on_the_right_is_not_seen():
-    model = Transformer(FAMILIES["qwen3"]).initialize(seed=6).double()
+    model = live(FAMILIES["qwen3"], seed=6).double()
     tokens = torch.randint(0, 97, (1, 9))
     padded = torch.cat([tokens, torch.randint(0, 97, (1, 5))], dim=1)
     assert torch.allclose(model(tokens), model(padded)[:, :9], atol=1e-12)
 
 
 def test_sharded_checkpoints_load(tmp_path):
-    model = Transformer(FAMILIES["llama"]).initialize(seed=7)
+    model = live(FAMILIES["llama"], seed=7)
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
@@ -154,7 +168,7 @@ def test_pruned_layers_are_the_ones_named(tmp_path):
 
 def test_unusable_checkpoints_are_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    Transformer(FAMILIES["qwen3"]).initialize(seed=8).save_pretrained(tmp_path / "good")
+    live(FAMILIES["qwen3"], seed=8).save_pretrained(tmp_path / "good")
 
     def broken(name):
         shutil.copytree(tmp_path / "good", tmp_path / name)
@@ -210,7 +224,7 @@ def test_flop_count_equals_torch(family):
     """torch counts causal attention as the full square, so the count is compared under that convention."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = Transformer(FAMILIES[family]).initialize(seed=9)
+    model = live(FAMILIES[family], seed=9)
     tokens = torch.randint(0, 97, (2, 30))
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(tokens)[:, -3:].reshape(6, 48) @ model.head.T

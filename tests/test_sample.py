@@ -2,9 +2,8 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
-from model import Transformer
 from sample import draw, generate
-from tests.reference import full_recompute
+from tests.reference import full_recompute, live
 
 CONFIG = Qwen3Config(
     vocab_size=40,
@@ -23,7 +22,7 @@ CONFIG = Qwen3Config(
 
 @pytest.fixture(scope="module")
 def model():
-    return Transformer(CONFIG).initialize(seed=0).double()
+    return live(CONFIG, seed=0).double()
 
 
 def ragged_prompts(n: int, seed: int = 0, longest: int = 12) -> list[list[int]]:

@@ -241,6 +241,51 @@ def test_a_resumed_run_equals_one_left_alone(finished_run, tmp_path):
     assert changed.returncode == 2 and "--lr is 0.001 now and was 0.0005" in changed.stderr
 
 
+def test_a_kill_in_the_last_evaluation_loses_only_that(finished_run, tmp_path):
+    out = tmp_path / "cut"
+    shutil.copytree(finished_run[0], out)
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+    final = [line for line in lines if json.loads(line).get("eval") == "student" and json.loads(line)["step"] == 3]
+    assert lines[-len(final) :] == final
+    (out / "log.jsonl").write_text("".join(lines[: -len(final)]) + final[0][:40])  # torn
+    shutil.copytree(out / "step_000003", out / "step_best")  # none of ours: neither read nor deleted
+    result = run("train.py", *TINY, "--out_dir", out, "--resume")
+    assert result.returncode == 0 and "has its 3 steps already" in result.stdout, result.stderr
+    assert comparable(out) == comparable(finished_run[0]) and (out / "step_best").is_dir()
+
+
+def test_checkpoints_are_told_by_number(tmp_path):
+    for name in ("step_000009", "step_1000000", "step_999999", "step_old", "step_000010"):
+        (tmp_path / name).mkdir()
+        if name != "step_000010":  # which lacks its state
+            (tmp_path / name / "state.json").write_text("{}")
+    assert [f.name for f in train.checkpoints(tmp_path)] == ["step_000009", "step_999999", "step_1000000"]
+
+
+def test_a_torn_optimizer_state_is_named(finished_run, tmp_path):
+    shutil.copytree(finished_run[0], tmp_path / "cut")
+    file = tmp_path / "cut/step_000003/optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    result = run("train.py", *TINY, "--out_dir", tmp_path / "cut", "--resume")
+    assert result.returncode == 2 and "not a complete optimizer state" in result.stderr
+
+
+def test_a_run_does_not_overwrite_the_student_it_starts_from(finished_run, tmp_path):
+    shutil.copytree(finished_run[0], tmp_path / "out")
+    student = tmp_path / "out/step_000003"
+    result = run("train.py", *TINY, "--out_dir", tmp_path / "out", "--overwrite", "--student", student)
+    assert result.returncode == 2 and "--overwrite would delete --student" in result.stderr and student.is_dir()
+
+
+def test_the_saved_student_declares_the_stops_it_was_trained_with(tmp_path):
+    result = run("train.py", *TINY, "--steps", "1", "--eval_problems", "0", "--eval_kl", "0", "--stop_tokens", "65",
+                 "--out_dir", tmp_path / "out")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    saved = tmp_path / "out/step_000001"
+    assert Tokenizer(saved).stop_ids == tuple(sorted({65, *Tokenizer(STUDENT).stop_ids}))
+    assert 65 in AutoModelForCausalLM.from_pretrained(saved).generation_config.eos_token_id
+
+
 def test_the_saved_student_reloads_in_transformers_with_the_same_logits(finished_run):
     folder = finished_run[0] / "step_000003"
     ours, theirs = Transformer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
@@ -273,6 +318,7 @@ def test_eval_prints_the_summary_and_keeps_every_response(tmp_path):
     [
         ("--rollout", "data", "--loss", "cross_entropy"),
         ("--rollout", "data", "--loss", "forward_kl"),
+        ("--rollout", "teacher", "--loss", "topk_reverse_kl", "--top_k", "8"),
         ("--rollout", "teacher", "--loss", "cross_entropy"),
         ("--rollout", "student", "--loss", "jsd", "--beta", "0.3"),
         ("--rollout", "student", "--loss", "sampled_kl"),
@@ -294,6 +340,7 @@ def test_other_sources_and_losses_run(flags, tmp_path):
 def bad(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     (folder / "text.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"\n')
+    (folder / "empty.jsonl").write_text('{"prompt": ""}\n')
     (folder / "used").mkdir()
     (folder / "used/log.jsonl").write_text("")
     shutil.copytree(TEACHER, folder / "other")
@@ -317,6 +364,7 @@ def bad(tmp_path_factory):
     ("train.py --lr -1", "--lr must be positive, found -1.0"),
     ("train.py --data nothing.jsonl", "--data nothing.jsonl: no file nothing.jsonl"),
     ("train.py --data BAD/text.jsonl", "text.jsonl, line 2: not JSON"),
+    ("train.py --data BAD/empty.jsonl", "empty.jsonl: a prompt is empty"),
     ("train.py --student BAD", "no tokenizer.json there"),
     ("train.py --student BAD/nowhere", "no such folder"),
     ("train.py --teacher BAD/torn", "model.norm.weight is missing"),

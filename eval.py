@@ -22,7 +22,7 @@ from data.answers import extract_answer, is_correct
 from data.tokenizer import Tokenizer
 from loss import distill_loss
 from model import Transformer, checkpoint_folder, choose_device
-from sample import generate
+from sample import check_sampling, generate
 
 
 def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -42,6 +42,7 @@ def evaluate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     num_samples: int = 1,
     batch_size: int = 128,
     seed: int = 1337,
@@ -57,34 +58,22 @@ def evaluate(
     capped, mean_len (tokens), seconds.
     Draws from its own generator, so that evaluating inside a training run does not disturb the run.
     """
-    from tqdm import tqdm
-
-    generator = torch.Generator().manual_seed(seed)
     encoded = [tokenizer.encode_prompt(row["prompt"]) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: -len(encoded[i]))  # neighbours of one length share a batch
-    jobs = [i for i in order for _ in range(num_samples)]
-    records: list[dict] = []
+    order = sorted(range(len(rows)), key=lambda i: -len(encoded[i]))  # neighbours of one length are read together
     start = time.perf_counter()
-    for first in tqdm(range(0, len(jobs), batch_size), desc="eval", disable=not progress, leave=False):
-        part = jobs[first : first + batch_size]
-        rollout = generate(
-            model,
-            [encoded[i] for i in part],
-            max_new_tokens,
-            stop_ids or tokenizer.stop_ids,
-            temperature,
-            top_k,
-            top_p,
-            generator,
-            vocab or tokenizer.vocab_size,
-        )
-        for k, i in enumerate(part):
-            text = tokenizer.decode(rollout.text_ids(k))
-            records.append({
-                "problem": i, "prompt": rows[i]["prompt"], "answer": rows[i]["answer"], "response": text,
-                "extracted": extract_answer(text), "correct": is_correct(text, rows[i]["answer"]),
-                "finished": bool(rollout.finished[k]), "tokens": int(rollout.lens[k]),
-            })
+    rollout = generate(
+        model, [encoded[i] for i in order], max_new_tokens, stop_ids or tokenizer.stop_ids, temperature, top_k, top_p,
+        torch.Generator().manual_seed(seed), vocab or tokenizer.vocab_size, min_p=min_p, num_samples=num_samples,
+        slots=batch_size, progress=progress,
+    )
+    records: list[dict] = []
+    for k in range(len(rows) * num_samples):
+        row, text = rows[order[k // num_samples]], tokenizer.decode(rollout.text_ids(k))
+        records.append({
+            "problem": order[k // num_samples], "prompt": row["prompt"], "answer": row["answer"], "response": text,
+            "extracted": extract_answer(text), "correct": is_correct(text, row["answer"]),
+            "finished": bool(rollout.finished[k]), "tokens": int(rollout.lens[k]),
+        })
     records.sort(key=lambda r: r["problem"])
     n, right = len(records), sum(r["correct"] for r in records)
     ended = [r for r in records if r["finished"]]
@@ -126,25 +115,23 @@ def measure_kl(
     the tail. Draws from its own generator. Returns kl, kl_by_position, response_len, finish, seconds.
     """
     start = time.perf_counter()
-    generator = torch.Generator().manual_seed(seed)
-    kl, where, lens, finished = [], [], [], []
-    for first in range(0, len(prompts), batch_size):
-        part = prompts[first : first + batch_size]
-        rollout = generate(student, part, max_new_tokens, stop_ids, temperature, generator=generator, vocab=vocab)
-        lens.append(rollout.lens)
-        finished.append(rollout.finished)
-        for tokens, mask, position in rollout.micro_batches(micro_batch):
-            tokens, mask = tokens.to(student.head.device), mask.to(student.head.device)
-            hidden_s, hidden_t = student(tokens[:, :-1])[mask], teacher(tokens[:, :-1])[mask]
-            _, stats = distill_loss(
-                hidden_s, student.head, hidden_t, teacher.head, temperature=temperature, vocab=vocab,
-                stop_ids=stop_ids if stop_class else (),
-            )
-            kl.append(stats["kl"].cpu())
-            where.append(position)
+    rollout = generate(
+        student, prompts, max_new_tokens, stop_ids, temperature, generator=torch.Generator().manual_seed(seed),
+        vocab=vocab, slots=batch_size,
+    )
+    kl, where = [], []
+    for tokens, mask, position in rollout.micro_batches(micro_batch):
+        tokens, mask = tokens.to(student.head.device), mask.to(student.head.device)
+        hidden_s, hidden_t = student(tokens[:, :-1])[mask], teacher(tokens[:, :-1])[mask]
+        _, stats = distill_loss(
+            hidden_s, student.head, hidden_t, teacher.head, temperature=temperature, vocab=vocab,
+            stop_ids=stop_ids if stop_class else (),
+        )
+        kl.append(stats["kl"].cpu())
+        where.append(position)
     return {
         "kl": torch.cat(kl).double().mean().item(), "kl_by_position": by_position(torch.cat(kl), torch.cat(where)),
-        "response_len": torch.cat(lens).double().mean().item(), "finish": torch.cat(finished).double().mean().item(),
+        "response_len": rollout.lens.double().mean().item(), "finish": rollout.finished.double().mean().item(),
         "seconds": time.perf_counter() - start,
     }
 
@@ -249,6 +236,8 @@ class Config:
     temperature: float = flag(0.0, "0 takes the most likely token, 1 samples from the model's own distribution")
     top_k: int = flag(0, "sample among the k most likely tokens only; 0 is off")
     top_p: float = flag(1.0, "sample among the most likely tokens that hold this much probability; 1 is off")
+    min_p: float = flag(0.0, "sample among tokens of at least this share of the largest probability; 0 is off")
+    stop_tokens: str = flag("", "stop tokens besides those the checkpoint declares, comma-separated names or ids")
     chat: str = flag("auto", "auto: through the chat template where there is one; on: demand it; off: the bare prompt")
     system: str = flag("", "text of a system turn before the prompt, for checkpoints with a chat template")
     thinking: str = flag("", "on or off, for chat templates that have the switch")
@@ -260,17 +249,22 @@ class Config:
 
 
 def main(config: Config) -> None:
-    for name in ("num_samples", "max_new_tokens", "batch_size"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name} must be at least 1, found {getattr(config, name)}")
+    check_sampling(config)
+    if config.batch_size < 1 or config.num_problems < 0:
+        raise InputError(f"--batch_size must be at least 1 and --num_problems not negative, found {config.batch_size} "
+                         f"and {config.num_problems}")  # fmt: skip
+    if config.out and not Path(config.out).resolve().parent.is_dir():
+        raise InputError(f"--out {config.out}: there is no folder {Path(config.out).parent}")
     rows = load_jsonl(resolve(config.data, "test"))
     rows = rows[: config.num_problems or None]
     folder = checkpoint_folder(config.model)
     tokenizer = Tokenizer(folder, config.chat, config.system, config.thinking)
-    model = Transformer.from_pretrained(folder, choose_device(config.device))
+    device = choose_device(config.device)
+    model = Transformer.from_pretrained(folder, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     s, records = evaluate(
         model, tokenizer, rows, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-        top_k=config.top_k or None, top_p=config.top_p, num_samples=config.num_samples, batch_size=config.batch_size,
+        top_k=config.top_k or None, top_p=config.top_p, min_p=config.min_p, num_samples=config.num_samples,
+        stop_ids=(*tokenizer.stop_ids, *tokenizer.stop_ids_of(config.stop_tokens)), batch_size=config.batch_size,
         seed=config.seed, progress=True,
     )
     manner = "greedy" if config.temperature == 0 else f"temperature {config.temperature}, top-p {config.top_p}"

@@ -9,9 +9,11 @@ tensor never exists.
     hidden = model(tokens)                 # (B, T) -> (B, T, H)
     logits = hidden @ model.head.T         # (B, T, V), for those who can afford it
 
-Read in this order: RMSNorm, rope, Attention, KVCache, MLP, Block, Transformer, and last the books (`count_flops`).
+Read in this order: RMSNorm, Linear, rope, KVCache, Attention, MLP, Block, Transformer, and last the books
+(`count_flops`).
 """
 
+import copy
 import math
 from pathlib import Path
 
@@ -35,6 +37,24 @@ class RMSNorm(nn.Module):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda or torch.is_grad_enabled() or x.numel() > 128 * x.shape[-1]:
+            return super().forward(x)
+        y = few_rows(self.weight, x.reshape(-1, x.shape[-1]))
+        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+
+
+def few_rows(weight: Tensor, x: Tensor) -> Tensor:
+    """x (b, I) weight^T -> (b, O), for the few rows of a decode step on a CPU, where it streams the weights (O, I).
+
+    W x^T is the same product as x W^T and up to 4 times faster: BLAS libraries walk through the large operand well when
+    it is the first one. For a single row, two are computed, since the library's product with a vector is slower yet.
+    """
+    rows = torch.cat((x, x)) if len(x) == 1 else x.contiguous()
+    return torch.mm(weight, rows.T).T[: len(x)]
 
 
 def rope_frequencies(config) -> tuple[Tensor, float]:
@@ -79,16 +99,16 @@ def rope_frequencies(config) -> tuple[Tensor, float]:
 
 
 def rope_tables(positions: Tensor, frequencies: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles, float32 (..., T, 1, D): one frequency per pair of features (i, i + D/2)."""
+    """cos and sin of the rotary angles, float32 (..., T, 1, D): one frequency per pair of features (i, i + D/2). The
+    first half of the sines is negative, as `rotate` wants them."""
     angles = positions[..., None].float() * frequencies  # (..., T, D/2)
-    angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)  # (..., T, 1, D), broadcast over heads
-    return angles.cos() * scale, angles.sin() * scale
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    return torch.cat((cos, cos), dim=-1).unsqueeze(-2), torch.cat((-sin, sin), dim=-1).unsqueeze(-2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x_i, x_{i+D/2}) of x (B, T, heads, D) by its angle."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+    """Rotate each pair (a, b) = (x_i, x_{i+D/2}) of x (B, T, heads, D) to (a cos - b sin, b cos + a sin)."""
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))
 
 
 class KVCache:
@@ -103,16 +123,27 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
 
+    def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write k, v (B, T, num_kv_heads, D) of one layer at the first T positions."""
+        self.k[layer, :, :, : k.shape[1]], self.v[layer, :, :, : k.shape[1]] = k.transpose(1, 2), v.transpose(1, 2)
+
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
         """Write k, v (B, T, num_kv_heads, D) of one layer at positions (B, T)."""
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
         self.k[layer, rows, :, positions] = k
         self.v[layer, rows, :, positions] = v
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop all batch rows but `rows` (a 1-D index; repeats are allowed, to expand one prompt into several
-        samples)."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+    def first(self, rows: int) -> "KVCache":
+        """The same memory, seen as a cache of its first `rows` batch rows."""
+        view = copy.copy(self)
+        view.k, view.v = self.k[:, :rows], self.v[:, :rows]
+        return view
+
+    def copy_rows(self, to: Tensor, source: "KVCache", rows: Tensor, length: int) -> None:
+        """Batch rows `to` (n,) become rows (n,) of another cache (or of this one), up to a length."""
+        for layer in range(len(self.k)):  # layer by layer, so that no second copy of the cache is made on the way
+            self.k[layer, to, :, :length] = source.k[layer, rows, :, :length]
+            self.v[layer, to, :, :length] = source.v[layer, rows, :, :length]
 
 
 class Attention(nn.Module):
@@ -124,10 +155,10 @@ class Attention(nn.Module):
         )
         bias = config.model_type == "qwen2" or bool(getattr(config, "attention_bias", False))
         out_bias = config.model_type != "qwen2" and bias  # Qwen2 has biases on q, k and v but not on o
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=out_bias)
+        self.q_proj = Linear(config.hidden_size, self.heads * self.head_dim, bias=bias)
+        self.k_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size, bias=out_bias)
         if config.model_type == "qwen3":  # QK-norm: each head's query and key are normalised before they are rotated
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
@@ -140,11 +171,12 @@ class Attention(nn.Module):
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            cache.write(self.layer, positions, k, v)
         if mask is None:  # training and prefill: every token sees itself and what came before it in its row
+            if cache is not None:
+                cache.fill(self.layer, k, v)
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         else:  # decoding: the new tokens see the cache
+            cache.write(self.layer, positions, k, v)
             q, k, v = (
                 q.transpose(1, 2),
                 cache.k[self.layer][:, :, : mask.shape[-1]],
@@ -162,9 +194,9 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         bias = bool(getattr(config, "mlp_bias", False))
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -219,12 +251,12 @@ class Transformer(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
         if self.frequencies.device != tokens.device:
             self.frequencies = self.frequencies.to(tokens.device)
+        x = self.model.embed_tokens(tokens)
         cos, sin = rope_tables(positions, self.frequencies, self.rope_scale)
         mask = None
         if decoding:
             slot = torch.arange(slots or cache.k.shape[3], device=tokens.device)
             mask = (slot <= positions[..., None])[:, None]  # (B, 1, T, S)
-        x = self.model.embed_tokens(tokens)
         for block in self.model.layers:
             x = block(x, cos, sin, cache, positions, mask)
         return self.model.norm(x)

@@ -266,7 +266,8 @@ def data_rollout(batch: list[dict], eos_id: int, prefix_len: int) -> Rollout:
         tokens[i, : len(sequence)] = torch.tensor(sequence)
     prompt_lens = torch.tensor([len(row["prompt_ids"]) for row in batch])
     finished = torch.tensor([len(r) <= prefix_len for r in responses])
-    return Rollout(tokens, prompt_lens, torch.tensor([len(r) for r in cut]), finished, torch.empty(0), 0)
+    lens = torch.tensor([len(r) for r in cut])
+    return Rollout(tokens, prompt_lens, lens, finished, logprobs=torch.empty(0), forced_lens=lens)
 
 
 def train_on(
@@ -329,7 +330,9 @@ def flop_books(rollout: Rollout, sampler, student, teacher) -> dict[str, float]:
     read = prompts + lens - 1  # the last token is never fed back
     pairs, tokens, heads = (read * (read + 1) / 2).sum().item(), read.sum().item(), lens.sum().item()
     return {
-        "flop_sample": count_flops(sampler.config, tokens, rollout.pairs, heads) if sampler is not None else 0.0,
+        "flop_sample": 0.0 if sampler is None else count_flops(
+            sampler.config, rollout.prefilled + rollout.decoded, rollout.pairs, heads
+        ),
         "flop_teacher": count_flops(teacher.config, tokens, pairs, heads) if teacher is not None else 0.0,
         "flop_student": 3 * count_flops(student.config, tokens, pairs, heads),
     }

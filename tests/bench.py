@@ -3,6 +3,7 @@
     python tests/bench.py load     # peak memory and seconds of loading a checkpoint, ours and transformers'
     python tests/bench.py loss     # speed and memory of the fused reverse KL, against dense autograd and TRL
                                    # (pip install trl, if you want that column)
+    python tests/bench.py sample   # tokens per second of generate, against transformers' with either cache
 """
 
 import gc
@@ -15,13 +16,17 @@ import time
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import save_file
-from transformers import Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.tokenizer import Tokenizer
 from loss import distill_loss
 from model import Transformer
+from sample import generate
+from tests.reference import live
 
 LOADERS = {
     "import only": "pass",
@@ -171,9 +176,91 @@ def bench_loss(rows: str = "256,1024,4096") -> None:
             print(line, flush=True)
 
 
+def read_rate() -> float:
+    """Bytes per second that this machine reads from memory: the least a decode step costs is reading the weights."""
+    x = torch.ones(2**27)
+    return x.nbytes / min(seconds(x.sum) for _ in range(5))
+
+
+def mm_rate() -> float:
+    a = torch.randn(2048, 2048)
+    return 2 * 2048**3 / min(seconds(torch.mm, a, a) for _ in range(5))
+
+
+def ours_tokens(model, prompts, cap, stops, seed) -> int:
+    """Sample with generate of sample.py; the number of response tokens."""
+    return int(generate(model, prompts, cap, stops, generator=torch.Generator().manual_seed(seed)).lens.sum())
+
+
+def their_tokens(reference, prompts, cap, stops, cache, seed) -> int:
+    """Sample with transformers, padded on the left as it needs; the number of tokens up to each row's stop."""
+    torch.manual_seed(seed)
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    options = {"cache_implementation": cache} if cache else {}
+    out = reference.generate(
+        ids, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=cap,
+        eos_token_id=list(stops) or None, pad_token_id=0, **options,
+    )[:, longest:]
+    ended = torch.isin(out, torch.tensor(stops)).int()
+    return sum(int(row.argmax()) + 1 if row.any() else len(row) for row in ended)
+
+
+def bench_sample(only: str = "") -> None:
+    shape = {"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+             "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+             "max_position_embeddings": 8192}  # fmt: skip
+    chains = Path(__file__).resolve().parent.parent / "data/chains"
+    rate, speed = read_rate(), mm_rate()
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, "
+          f"float32; memory read at {rate / 1e9:.1f} GB/s, torch.mm at {speed / 1e9:.0f} GFLOP/s")
+    g = torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        live(LlamaConfig(**shape), seed=0).save_pretrained(folder)
+        small = [json.loads(line)["prompt"] for line in (chains / "test.jsonl").read_text().splitlines()[:64]]
+        jobs = [(f"SmolLM2 shape, batch {b}", folder, b, 64, 128, False) for b in (1, 8, 32)]
+        jobs += [("SmolLM2 shape, batch 32, ragged, natural lengths", folder, 32, None, 128, True),
+                 ("embedded teacher, batch 64", chains / "teacher", 64, "chains", 256, False)]
+        for name, path, batch, length, cap, natural in jobs:
+            if only not in name:
+                continue
+            ours = Transformer.from_pretrained(path)
+            reference = AutoModelForCausalLM.from_pretrained(path).eval()
+            reference.generation_config.eos_token_id = None
+            v, stops = ours.head.shape[0], ()
+            if length == "chains":
+                tokenizer = Tokenizer(path)
+                prompts, stops = [tokenizer.encode_prompt(p) for p in small], tokenizer.stop_ids
+            else:
+                lens = torch.randint(8, 121, (batch,), generator=g).tolist() if length is None else [length] * batch
+                prompts = [torch.randint(1, v, (n,), generator=g).tolist() for n in lens]
+            if natural:  # a share 4 / cap of the random model's nearly even distribution: geometric, mean cap / 4
+                stops = tuple(range(v - v * 4 // cap, v))
+            runs = {"ours": (ours_tokens, ours, prompts, cap, stops),
+                    "generate": (their_tokens, reference, prompts, cap, stops, None),
+                    "static": (their_tokens, reference, prompts, cap, stops, "static")}  # fmt: skip
+            speeds = {k: [] for k in runs}
+            for seed in range(2):
+                for k, (run, *arguments) in runs.items():
+                    start = time.perf_counter()
+                    count = run(*arguments, seed)
+                    speeds[k].append(count / (time.perf_counter() - start))
+            best = {k: max(x) for k, x in speeds.items()}
+            weights = sum(p.numel() for p in ours.parameters())
+            step = batch / best["ours"]  # seconds of a decode step, the prefill included
+            line = f"{name}: ours {best['ours']:,.0f} tok/s"
+            if not stops:
+                line += (f" ({step * 1e3:.0f} ms a step; reading all weights takes {4 * weights / rate / step:.0%} "
+                         f"of it, their FLOP at torch.mm's rate {2 * weights * batch / speed / step:.0%})")
+            peer = max(best["generate"], best["static"])
+            print(f"{line}; generate {best['generate']:,.0f}, static cache {best['static']:,.0f}: "
+                  f"{best['ours'] / peer:.2f}x", flush=True)
+
+
 if __name__ == "__main__":
-    benches = {"load": bench_load, "loss": bench_loss, "loss_memory": loss_memory}
+    benches = {"load": bench_load, "loss": bench_loss, "loss_memory": loss_memory, "sample": bench_sample}
     if len(sys.argv) < 2 or sys.argv[1] not in benches:
-        sys.exit("usage: python tests/bench.py load|loss")
+        sys.exit("usage: python tests/bench.py load|loss|sample")
     torch.manual_seed(0)
     benches[sys.argv[1]](*sys.argv[2:])

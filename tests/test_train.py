@@ -297,7 +297,7 @@ def test_the_saved_student_reloads_in_transformers_with_the_same_logits(finished
 def test_sample_shows_both_models_side_by_side():
     result = run("sample.py", "--max_new_tokens", "150")
     assert result.returncode == 0, result.stderr
-    assert "--- chains/teacher:" in result.stdout and "--- chains/student:" in result.stdout and "####" in result.stdout
+    assert "--- chains/teacher\n" in result.stdout and "--- chains/student\n" in result.stdout and "####" in result.stdout
     own = run("sample.py", "--prompt", "Zed=Ivy+5\nDan=Hal-8\nIvy=31\nHal=Eve+3\nEve=14\nDan?\n", "--model", TEACHER)
     assert own.returncode == 0 and "#### 9" in own.stdout
 

@@ -48,6 +48,15 @@ class Rollout:
     prefilled: int = 0
     decoded: int = 0
     pairs: int = 0
+    supervised: Tensor | None = None  # (B, 2) int64, first and last + 1 of the response positions to learn from
+
+    def spans(self) -> Tensor:
+        """(B, 2): what is learned from, by default all of each response."""
+        return torch.stack((self.lens * 0, self.lens), dim=1) if self.supervised is None else self.supervised
+
+    def num_supervised(self) -> int:
+        spans = self.spans()
+        return int((spans[:, 1] - spans[:, 0]).sum())
 
     def response(self, i: int) -> list[int]:
         """Ids of response i, the stop token included where there is one."""
@@ -61,17 +70,18 @@ class Rollout:
     def micro_batches(self, rows_at_once: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Parts of the rollout for the training forward: tokens (b, T), mask (b, T-1), position (n,).
 
-        hidden[:, i] predicts tokens[:, i + 1], so the mask marks the n positions that predict a response token: P-1 ..
-        P+len-2 of each row, its own stop token included and nothing of the prompt. position counts from the response's
-        start. Rows of one length go together, the longest first, so that little is padded and memory peaks at once.
+        hidden[:, i] predicts tokens[:, i + 1], so the mask marks the n positions that predict a supervised token: of a
+        whole response P-1 .. P+len-2, its own stop token included and nothing of the prompt. position counts from the
+        response's start. What follows a row's last supervised token is left out. Rows of one length go together, the
+        longest first, so that little is padded and memory peaks at once.
         """
-        total_lens = self.prompt_lens + self.lens
-        for rows in total_lens.argsort(descending=True).split(rows_at_once):
-            length = int(total_lens[rows].max())
-            at = torch.arange(length - 1)
-            first, last = self.prompt_lens[rows, None] - 1, total_lens[rows, None] - 2
-            mask = (at >= first) & (at <= last)
-            yield self.tokens[rows, :length], mask, (at - first)[mask]
+        spans = self.spans()
+        ends = self.prompt_lens + spans[:, 1]
+        for rows in ends.argsort(descending=True).split(rows_at_once):
+            length = int(ends[rows].max())
+            at, start = torch.arange(length - 1), self.prompt_lens[rows, None] - 1
+            mask = (at >= start + spans[rows, :1]) & (at <= ends[rows, None] - 2)
+            yield self.tokens[rows, :length], mask, (at - start)[mask]
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from tqdm import tqdm
 
 from data import HERE, InputError, flag, load_jsonl, parse_flags, read_json, resolve, run_command
@@ -65,6 +66,17 @@ class Config:
     # The method
     prefix_len: int = flag(
         1024, "cut each response after this many tokens; lower it first when memory or time runs out"
+    )
+    schedule: str = flag(
+        "constant", "how the prefix grows from --prefix_start to --prefix_len: constant (not at all), linear, "
+        "staircase, or adaptive (when its last half has been learnt)"
+    )
+    prefix_start: int = flag(16, "where a growing prefix starts")
+    schedule_steps: int = flag(0, "steps in which linear and staircase reach --prefix_len; 0 takes --steps")
+    stair: int = flag(64, "tokens a stair of the staircase")
+    window: str = flag(
+        "prefix", "what is supervised: the prefix, where sampling stops; or, as control experiments, the first, last "
+        "or random --prefix_len tokens of responses sampled up to --max_new_tokens"
     )
     rollout: str = flag(
         "student", "who writes the responses: student (on-policy), teacher, or data (the field `solution`)"
@@ -114,15 +126,19 @@ MAY_CHANGE = {"steps", "eval_every", "save_every", "keep", "resume", "overwrite"
 def check_flags(config: Config) -> None:
     choices = {
         "init": ("pretrained", "random"), "rollout": ("student", "teacher", "data"), "loss": LOSSES,
-        "top_k_of": ("teacher", "student"), "lr_schedule": ("constant", "cosine"), "dtype": ("", "float32", "bfloat16"),
+        "top_k_of": ("teacher", "student"), "schedule": ("constant", "linear", "staircase", "adaptive"),
+        "window": ("prefix", "first", "last", "random"), "lr_schedule": ("constant", "cosine"),
+        "dtype": ("", "float32", "bfloat16"),
     }
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise InputError(f"--{name} {getattr(config, name)}: expected one of {', '.join(filter(None, allowed))}")
-    for name in ("prefix_len", "steps", "batch_size", "micro_batch", "max_new_tokens", "keep", "top_k"):
+    for name in ("prefix_len", "steps", "batch_size", "micro_batch", "max_new_tokens", "keep", "top_k", "prefix_start",
+                 "stair"):  # fmt: skip
         if getattr(config, name) < 1:
             raise InputError(f"--{name} must be at least 1, found {getattr(config, name)}")
-    for name in ("warmup", "weight_decay", "grad_clip", "eval_every", "eval_problems", "eval_kl", "save_every", "seed"):
+    for name in ("warmup", "weight_decay", "grad_clip", "eval_every", "eval_problems", "eval_kl", "save_every", "seed",
+                 "schedule_steps"):  # fmt: skip
         if not getattr(config, name) >= 0:
             raise InputError(f"--{name} must not be negative, found {getattr(config, name)}")
     for name in ("lr", "temperature"):
@@ -135,6 +151,10 @@ def check_flags(config: Config) -> None:
         raise InputError(f"--beta must lie strictly between 0 and 1, found {config.beta}")
     if config.loss == "sampled_kl" and config.rollout != "student":
         raise InputError("--loss sampled_kl estimates from the student's own samples: use it with --rollout student")
+    if config.schedule != "constant" and config.prefix_start > config.prefix_len:
+        raise InputError(f"--prefix_start {config.prefix_start} lies above --prefix_len {config.prefix_len}")
+    if config.schedule == "adaptive" and config.loss == "cross_entropy":
+        raise InputError("--schedule adaptive follows the KL to the teacher, which --loss cross_entropy lacks")
     if config.resume and config.overwrite:
         raise InputError("--resume and --overwrite contradict each other")
 
@@ -152,6 +172,9 @@ def find_run(config: Config) -> Path | None:
         for name, value in asdict(config).items():
             if name not in MAY_CHANGE and before.get(name) != value:
                 raise InputError(f"--resume: --{name} is {value!r} now and was {before.get(name)!r} in {out}")
+        if config.schedule in ("linear", "staircase") and not config.schedule_steps and config.steps != before["steps"]:
+            raise InputError(f"--resume: --steps {before['steps']} set the pace of --schedule {config.schedule}; only "
+                             "a run with --schedule_steps can be given other steps")  # fmt: skip
         return complete[-1]
     if files_of_run(out) and not config.overwrite:
         raise InputError(f"--out_dir {out} already holds a run; continue it with --resume, discard it with --overwrite")
@@ -200,7 +223,7 @@ def read_log(log: Path) -> list[dict]:
 
 def save_checkpoint(
     config: Config, student: Transformer, tokenizer: Tokenizer, stop_ids: tuple[int, ...], optimizer, step: int,
-    totals: dict,
+    totals: dict, growth: dict,
 ) -> Path:
     """out_dir/step_NNNNNN: a Hugging Face folder plus what resuming needs. It appears whole or not at all."""
     out = Path(config.out_dir)
@@ -215,7 +238,7 @@ def save_checkpoint(
     }
     save_file(moments, temporary / "optimizer.safetensors")
     (temporary / "state.json").write_text(
-        json.dumps({"step": step, "totals": totals, "config": asdict(config)}, indent=1)
+        json.dumps({"step": step, "totals": totals, "growth": growth, "config": asdict(config)}, indent=1)
     )
     for file in temporary.iterdir():  # on the disk before the name says so
         with open(file, "rb") as handle:
@@ -231,7 +254,7 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(folder: Path, student: Transformer, optimizer) -> tuple[int, dict]:
+def load_checkpoint(folder: Path, student: Transformer, optimizer) -> tuple[int, dict, dict]:
     state = read_json(folder / "state.json")
     file = folder / "optimizer.safetensors"
     try:
@@ -242,7 +265,7 @@ def load_checkpoint(folder: Path, student: Transformer, optimizer) -> tuple[int,
     except (OSError, SafetensorError, KeyError) as error:
         raise InputError(f"{file}: not a complete optimizer state ({error}). Delete {folder} to resume from the "
                          "checkpoint before it") from None  # fmt: skip
-    return state["step"], state["totals"]
+    return state["step"], state["totals"], state["growth"]
 
 
 def batch_of(rows: list[dict], step: int, config: Config) -> list[dict]:
@@ -256,16 +279,56 @@ def batch_of(rows: list[dict], step: int, config: Config) -> list[dict]:
     return batch
 
 
-def data_rollout(batch: list[dict], eos_id: int, prefix_len: int) -> Rollout:
-    """The written solutions as if they had been sampled, cut at prefix_len like any other."""
+def planned_prefix(step: int, config: Config) -> int:
+    """The prefix length of a step (counted from 0) by the constant, linear and staircase schedules."""
+    if config.schedule == "constant":
+        return config.prefix_len
+    progress = min(1.0, step / max(1, (config.schedule_steps or config.steps) - 1))
+    grown = round(progress * (config.prefix_len - config.prefix_start))
+    if config.schedule == "staircase" and progress < 1:
+        grown = grown // config.stair * config.stair
+    return config.prefix_start + grown
+
+
+def adapted_prefix(state: dict, kl: Tensor, position: Tensor, reached: float, config: Config) -> dict:
+    """The adaptive schedule: what a step's KL (n,) at its response positions (n,) makes of its state.
+
+    The KL of the prefix's last half is smoothed over steps. When it has not fallen by 5% below its lowest for three
+    steps, what can be learnt there has been, and the prefix grows by half; but only if a quarter of the rollouts
+    reached its end, for otherwise a longer one would hold little more. After adaptive FastOPD (arXiv 2607.29494), whose
+    four signals this reduces to two.
+    """
+    length, edge = state["prefix_len"], kl[position >= state["prefix_len"] // 2]
+    if not len(edge):
+        return state
+    smooth = edge.double().mean().item()
+    smooth = smooth if state["smooth"] is None else 0.7 * state["smooth"] + 0.3 * smooth
+    if state["lowest"] is None or smooth < 0.95 * state["lowest"]:
+        return {"prefix_len": length, "smooth": smooth, "lowest": smooth, "waited": 0}
+    if state["waited"] + 1 >= 3 and reached >= 0.25 and length < config.prefix_len:
+        longer = min(config.prefix_len, math.ceil(1.5 * length))
+        return {"prefix_len": longer, "smooth": None, "lowest": None, "waited": 0}
+    return {**state, "smooth": smooth, "waited": state["waited"] + 1}
+
+
+def supervise_window(rollout: Rollout, length: int, window: str, generator: torch.Generator) -> None:
+    """Of whole responses, supervise the first, last or a random run of `length` tokens; all of a shorter one."""
+    room = (rollout.lens - length).clamp(min=0)
+    start = {"first": room * 0, "last": room,
+             "random": (torch.rand(len(room), generator=generator, dtype=torch.float64) * (room + 1)).long()}[window]
+    rollout.supervised = torch.stack((start, (start + length).minimum(rollout.lens)), dim=1)
+
+
+def data_rollout(batch: list[dict], eos_id: int, cap: int) -> Rollout:
+    """The written solutions as if they had been sampled, cut at the cap like any other."""
     responses = [row["solution_ids"] + [eos_id] for row in batch]
-    cut = [r[:prefix_len] for r in responses]
+    cut = [r[:cap] for r in responses]
     sequences = [row["prompt_ids"] + r for row, r in zip(batch, cut)]
     tokens = torch.zeros(len(batch), max(map(len, sequences)), dtype=torch.long)
     for i, sequence in enumerate(sequences):
         tokens[i, : len(sequence)] = torch.tensor(sequence)
     prompt_lens = torch.tensor([len(row["prompt_ids"]) for row in batch])
-    finished = torch.tensor([len(r) <= prefix_len for r in responses])
+    finished = torch.tensor([len(r) <= cap for r in responses])
     lens = torch.tensor([len(r) for r in cut])
     return Rollout(tokens, prompt_lens, lens, finished, logprobs=torch.empty(0), forced_lens=lens)
 
@@ -282,7 +345,7 @@ def train_on(
     stop where the prefix was cut, never the prompt.
     """
     device, half = student.head.device, config.dtype == "bfloat16"
-    supervised = int(rollout.lens.sum())
+    supervised = rollout.num_supervised()
     stats: dict[str, list] = {}
     for tokens, mask, position in rollout.micro_batches(config.micro_batch):
         tokens, mask = tokens.to(device), mask.to(device)
@@ -326,12 +389,11 @@ def update_norm(optimizer) -> float:
 
 def flop_books(rollout: Rollout, sampler, student, teacher) -> dict[str, float]:
     """Matmul FLOP of one step, of the tokens really handled, padding not counted: sampling, teacher, student."""
-    prompts, lens = rollout.prompt_lens.double(), rollout.lens.double()
-    read = prompts + lens - 1  # the last token is never fed back
-    pairs, tokens, heads = (read * (read + 1) / 2).sum().item(), read.sum().item(), lens.sum().item()
+    read = rollout.prompt_lens.double() + rollout.spans()[:, 1] - 1  # up to the last supervised token, not fed back
+    pairs, tokens, heads = (read * (read + 1) / 2).sum().item(), read.sum().item(), rollout.num_supervised()
     return {
         "flop_sample": 0.0 if sampler is None else count_flops(
-            sampler.config, rollout.prefilled + rollout.decoded, rollout.pairs, heads
+            sampler.config, rollout.prefilled + rollout.decoded, rollout.pairs, int(rollout.lens.sum())
         ),
         "flop_teacher": count_flops(teacher.config, tokens, pairs, heads) if teacher is not None else 0.0,
         "flop_student": 3 * count_flops(student.config, tokens, pairs, heads),
@@ -425,8 +487,9 @@ def train(config: Config) -> None:
         lr=config.lr, betas=(config.beta1, config.beta2), fused=True,
     )
     first_step, totals = 0, {"tokens_sampled": 0, "tokens_scored": 0, "tokens_trained": 0, "flop": 0.0, "seconds": 0.0}
+    growth = {"prefix_len": config.prefix_start, "smooth": None, "lowest": None, "waited": 0}  # see adapted_prefix
     if resume_from is not None:
-        first_step, totals = load_checkpoint(resume_from, student, optimizer)
+        first_step, totals, growth = load_checkpoint(resume_from, student, optimizer)
 
     for row in tqdm(rows, desc="tokenize", leave=False, delay=2):
         row["prompt_ids"] = tokenizer.encode_prompt(row["prompt"])
@@ -438,9 +501,11 @@ def train(config: Config) -> None:
     for name, model in (("student", student), ("teacher", teacher)):
         if model is not None and vocab > model.head.shape[0]:
             raise InputError(f"--{name}: its tokenizer has {vocab} ids, its head {model.head.shape[0]} rows")
-        if model is not None and longest + config.prefix_len > model.config.max_position_embeddings:
+        flag_name = "prefix_len" if config.window == "prefix" else "max_new_tokens"
+        cap = getattr(config, flag_name)
+        if model is not None and longest + cap > model.config.max_position_embeddings:
             raise InputError(
-                f"--prefix_len {config.prefix_len} and the longest prompt of --data, {longest} tokens, exceed the "
+                f"--{flag_name} {cap} and the longest prompt of --data, {longest} tokens, exceed the "
                 f"{model.config.max_position_embeddings} positions of the model: lower the one or shorten the other"
             )
     rate = matmul_rate(device, dtype)
@@ -517,17 +582,21 @@ def train(config: Config) -> None:
         clock = {"sample": 0.0, "teacher": 0.0, "student": 0.0}
         begin = tick(device)
         batch = batch_of(rows, step, config)
+        prefix_len = growth["prefix_len"] if config.schedule == "adaptive" else planned_prefix(step, config)
+        cap = prefix_len if config.window == "prefix" else config.max_new_tokens
+        generator = torch.Generator().manual_seed(config.seed + 104729 * (step + 1))
 
         # 1. sample: whoever writes the responses, at most prefix_len tokens each
         if config.rollout == "data":
-            rollout, writer = data_rollout(batch, tokenizer.eos_id, config.prefix_len), None
+            rollout, writer = data_rollout(batch, tokenizer.eos_id, cap), None
         else:
             writer = sampler if config.rollout == "student" else teacher
-            generator = torch.Generator().manual_seed(config.seed + 104729 * (step + 1))
             rollout = generate(
-                writer, [row["prompt_ids"] for row in batch], config.prefix_len, stop_ids, config.temperature,
-                generator=generator, vocab=vocab,
+                writer, [row["prompt_ids"] for row in batch], cap, stop_ids, config.temperature, generator=generator,
+                vocab=vocab,
             )
+        if config.window != "prefix":
+            supervise_window(rollout, prefix_len, config.window, generator)
         clock["sample"] = tick(device) - begin
 
         # 2. score and 3. learn
@@ -549,15 +618,15 @@ def train(config: Config) -> None:
         seconds = tick(device) - begin
 
         # The books.
-        n, flop = int(rollout.lens.sum()), flop_books(rollout, writer, student, scorer)
-        totals["tokens_sampled"] += n if writer is not None else 0
+        n, flop = rollout.num_supervised(), flop_books(rollout, writer, student, scorer)
+        totals["tokens_sampled"] += int(rollout.lens.sum()) if writer is not None else 0
         totals["tokens_scored"] += n if scorer is not None else 0
         totals["tokens_trained"] += n
         totals["flop"] += sum(flop.values())
         totals["seconds"] += seconds
         mean = {k: v.double().mean().item() for k, v in stats.items() if k != "position"}
         log({
-            "step": step + 1, "prefix_len": config.prefix_len, **mean,
+            "step": step + 1, "prefix_len": prefix_len, **mean,
             "kl_by_position": by_position(stats["kl"], stats["position"]) if "kl" in stats else {},
             "finish": rollout.finished.double().mean().item(), "capped": 1 - rollout.finished.double().mean().item(),
             "response_len": rollout.lens.double().mean().item(), "tokens": n, **flop,
@@ -567,15 +636,19 @@ def train(config: Config) -> None:
             "update_norm": update_norm(optimizer), **{f"total_{k}": v for k, v in totals.items()},
         })
         bar.set_postfix_str(
-            f"loss {loss:.4f}, KL/token {mean.get('kl', math.nan):.4f}, prefix_len {config.prefix_len}, "
+            f"loss {loss:.4f}, KL/token {mean.get('kl', math.nan):.4f}, prefix_len {prefix_len}, "
             f"{n / seconds:,.0f} tok/s"
         )
+
+        if config.schedule == "adaptive":
+            reached = (rollout.lens >= prefix_len).double().mean().item()
+            growth = adapted_prefix(growth, stats["kl"], stats["position"], reached, config)
 
         last = step + 1 == config.steps or bool(interrupted)
         if test and config.eval_every and (step + 1) % config.eval_every == 0 and not last:
             bar.write(f"step {step + 1}: {judge(sampler, 'student', step + 1)}")
         if last or (config.save_every and (step + 1) % config.save_every == 0):
-            saved = save_checkpoint(config, student, tokenizer, stop_ids, optimizer, step + 1, totals)
+            saved = save_checkpoint(config, student, tokenizer, stop_ids, optimizer, step + 1, totals, growth)
         if last:
             break
     bar.close()

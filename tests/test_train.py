@@ -143,6 +143,94 @@ def test_positions_count_from_the_first_response_token(step):
     )
 
 
+def test_planned_prefixes():
+    def plan(**flags):
+        config = train.Config(prefix_start=10, prefix_len=110, steps=11, stair=25, **flags)
+        return [train.planned_prefix(step, config) for step in range(13)]
+
+    assert plan() == [110] * 13
+    assert plan(schedule="linear") == [10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 110, 110]
+    assert plan(schedule="linear", schedule_steps=3) == [10, 60] + [110] * 11
+    assert plan(schedule="staircase") == [10, 10, 10, 35, 35, 60, 60, 60, 85, 85, 110, 110, 110]
+    assert plan(schedule="linear", schedule_steps=1)[1:] == [110] * 12
+
+
+def test_the_adaptive_prefix_grows_when_its_edge_is_learnt_and_reached():
+    config = train.Config(prefix_start=8, prefix_len=20, schedule="adaptive")
+    position = torch.arange(8)
+
+    def follow(edges, reached=1.0):
+        state, seen = {"prefix_len": 8, "smooth": None, "lowest": None, "waited": 0}, []
+        for edge in edges:
+            kl = torch.where(position < 4, 100.0, edge)  # what happens before the last half does not count
+            state = train.adapted_prefix(state, kl, position, reached, config)
+            seen.append(state["prefix_len"])
+        return seen
+
+    assert follow([0.5**i for i in range(12)]) == [8] * 12  # still falling
+    assert follow([1.0] * 4) == [8, 8, 8, 12]  # three steps without a fall
+    assert follow([1.0] * 12, reached=0.2) == [8] * 12  # responses end before
+    assert follow([1.0] * 20)[-1] <= 20 and train.adapted_prefix(
+        {"prefix_len": 8, "smooth": 1.0, "lowest": 1.0, "waited": 2}, torch.ones(2), torch.tensor([0, 1]), 1.0, config
+    )["waited"] == 2  # nothing was said in the last half: nothing to judge by
+
+
+@pytest.mark.parametrize("window", ["first", "last", "random"])
+def test_a_window_supervises_its_tokens_and_no_others(step, window):
+    """Gradient and count against a loss written for one row and one position at a time."""
+    student, teacher, rollout, tokenizer = step
+    windowed = replace(rollout)
+    train.supervise_window(windowed, 7, window, torch.Generator().manual_seed(3))
+    spans = windowed.spans().tolist()
+    for (start, end), n in zip(spans, rollout.lens.tolist()):
+        assert end - start == min(7, n) and 0 <= start <= end <= n
+        assert window != "first" or start == 0
+        assert window != "last" or end == n
+    found, stats = gradient((student, teacher, windowed, tokenizer), micro_batch=3)
+    assert len(stats["kl"]) == sum(end - start for start, end in spans)
+    student.zero_grad(set_to_none=True)
+    total = 0.0
+    stops = list(tokenizer.stop_ids)
+    assert len(stops) < 2  # else they would have to be merged here
+    for i, (start, end) in enumerate(spans):
+        p = int(rollout.prompt_lens[i])
+        row = rollout.tokens[i : i + 1, : p + end]
+        log_p = (student(row)[0] @ student.head.T)[:, : tokenizer.vocab_size].log_softmax(-1)
+        log_q = (teacher(row)[0] @ teacher.head.T)[:, : tokenizer.vocab_size].log_softmax(-1)
+        for j in range(start, end):
+            total = total + (log_p[p + j - 1].exp() * (log_p[p + j - 1] - log_q[p + j - 1])).sum()
+    (total / len(stats["kl"])).backward()
+    for name, p in student.named_parameters():
+        assert torch.allclose(found[name], p.grad, atol=1e-10), name
+
+
+def test_what_follows_the_window_costs_nothing(step):
+    student, teacher, rollout, _ = step
+    windowed = replace(rollout)
+    train.supervise_window(windowed, 7, "first", torch.Generator())
+    assert max(tokens.shape[1] for tokens, _, _ in windowed.micro_batches(4)) == int(rollout.prompt_lens.max()) + 7
+    whole, part = (train.flop_books(r, student, student, teacher) for r in (rollout, windowed))
+    assert part["flop_sample"] == whole["flop_sample"] and part["flop_student"] < whole["flop_student"]
+
+
+@pytest.mark.parametrize("flags", [
+    ("--schedule", "linear", "--prefix_start", "4"),
+    ("--schedule", "adaptive", "--prefix_start", "4"),
+    ("--window", "random"),
+])
+def test_growing_and_windowed_runs_resume_where_they_were(flags, tmp_path):
+    flags = (*TINY, *flags, "--schedule_steps", "3", "--eval_problems", "0", "--eval_kl", "0", "--max_new_tokens", "40")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for command in (("--out_dir", whole), ("--out_dir", cut, "--steps", "2"), ("--out_dir", cut, "--resume")):
+        result = run("train.py", *flags, *command)
+        assert result.returncode == 0, result.stderr
+    assert comparable(whole) == comparable(cut)
+    lengths = [r["prefix_len"] for r in records(whole)]
+    assert lengths == ([4, 12, 20] if "linear" in flags else [20] * 3 if "random" in flags else [4] * 3)
+    if "random" in flags:
+        assert all(r["tokens"] <= 6 * 20 < r["response_len"] * 6 for r in records(whole))
+
+
 def test_no_stop_is_invented_at_the_cut():
     rows = [{"prompt_ids": [5, 6], "solution_ids": [7, 8, 9]}, {"prompt_ids": [5], "solution_ids": [7]}]
     rollout = train.data_rollout(rows, eos_id=2, prefix_len=3)
@@ -297,7 +385,7 @@ def test_the_saved_student_reloads_in_transformers_with_the_same_logits(finished
 def test_sample_shows_both_models_side_by_side():
     result = run("sample.py", "--max_new_tokens", "150")
     assert result.returncode == 0, result.stderr
-    assert "--- chains/teacher\n" in result.stdout and "--- chains/student\n" in result.stdout and "####" in result.stdout
+    assert all(text in result.stdout for text in ("--- chains/teacher\n", "--- chains/student\n", "####", " tok/s]"))
     own = run("sample.py", "--prompt", "Zed=Ivy+5\nDan=Hal-8\nIvy=31\nHal=Eve+3\nEve=14\nDan?\n", "--model", TEACHER)
     assert own.returncode == 0 and "#### 9" in own.stdout
 
@@ -361,6 +449,8 @@ def bad(tmp_path_factory):
     ("train.py --prefix_len", "--prefix_len: expected one argument"),
     ("train.py --prefix_len 0", "--prefix_len must be at least 1, found 0"),
     ("train.py --loss kl", "--loss kl: expected one of reverse_kl"),
+    ("train.py --schedule linear --prefix_start 2000", "--prefix_start 2000 lies above --prefix_len 1024"),
+    ("train.py --schedule exponential", "--schedule exponential: expected one of constant, linear, staircase"),
     ("train.py --lr -1", "--lr must be positive, found -1.0"),
     ("train.py --data nothing.jsonl", "--data nothing.jsonl: no file nothing.jsonl"),
     ("train.py --data BAD/text.jsonl", "text.jsonl, line 2: not JSON"),

@@ -319,16 +319,16 @@ def supervise_window(rollout: Rollout, length: int, window: str, generator: torc
     rollout.supervised = torch.stack((start, (start + length).minimum(rollout.lens)), dim=1)
 
 
-def data_rollout(batch: list[dict], eos_id: int, cap: int) -> Rollout:
-    """The written solutions as if they had been sampled, cut at the cap like any other."""
+def data_rollout(batch: list[dict], eos_id: int, prefix_len: int) -> Rollout:
+    """The written solutions as if they had been sampled, cut at prefix_len like any other."""
     responses = [row["solution_ids"] + [eos_id] for row in batch]
-    cut = [r[:cap] for r in responses]
+    cut = [r[:prefix_len] for r in responses]
     sequences = [row["prompt_ids"] + r for row, r in zip(batch, cut)]
     tokens = torch.zeros(len(batch), max(map(len, sequences)), dtype=torch.long)
     for i, sequence in enumerate(sequences):
         tokens[i, : len(sequence)] = torch.tensor(sequence)
     prompt_lens = torch.tensor([len(row["prompt_ids"]) for row in batch])
-    finished = torch.tensor([len(r) <= cap for r in responses])
+    finished = torch.tensor([len(r) <= prefix_len for r in responses])
     lens = torch.tensor([len(r) for r in cut])
     return Rollout(tokens, prompt_lens, lens, finished, logprobs=torch.empty(0), forced_lens=lens)
 

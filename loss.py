@@ -230,7 +230,7 @@ class FusedDivergence(torch.autograd.Function):
 
 def even_chunks(n: int, most: int) -> int:
     """Rows of a chunk, so that n rows go in few chunks of about equal size: each costs a pass over dW, and a short last
-    one costs as much as a long one. Products of multiples of 16 rows are up to 1.6 times faster on a CPU."""
+    one costs as much as a long one. Multiples of 16: on a CPU, 214 rows took up to 1.6 times as long a row as 256."""
     most = max(1, most // 16 * 16 or most)
     rows = math.ceil(max(n, 1) / math.ceil(max(n, 1) / most))
     return min(most, math.ceil(rows / 16) * 16)

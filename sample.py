@@ -2,8 +2,8 @@
 
     python sample.py                                    # teacher and student answer a problem of the embedded test set
     python sample.py --model out/step_000030 --index 7  # another checkpoint, another problem
-    python sample.py --prompt $'Dan=Hal-8\\nHal=5\\nDan?\\n'
-    echo 'Dan=5\nDan?' | python sample.py --prompt - --model chains/teacher
+    python sample.py --prompt $'Zed=Ivy+5\\nDan=Hal-8\\nIvy=31\\nHal=Eve+3\\nEve=14\\nDan?\\n'
+    python sample.py --model chains/teacher --prompt - < problem.txt
 
 `generate` decodes in a number of slots, each of which holds one row's keys and values. A row that ends frees its slot;
 the next waiting row takes it, or, when none waits, the slots close ranks. So neither training (all rows at once) nor

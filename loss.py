@@ -49,7 +49,7 @@ from torch import Tensor
 
 LOSSES = ("reverse_kl", "topk_reverse_kl", "forward_kl", "jsd", "sampled_kl", "cross_entropy")
 MEMORY_BUDGET = 256 * 2**20  # bytes for the logits of a chunk and what is done to them
-TILE = 2**18  # elementwise work goes by so many logits at a time, to stay in a CPU's cache; 16 times that on a GPU
+TILE = 2**17  # elementwise work goes by so many logits at a time, to stay in a CPU's cache; 16 times that on a GPU
 LEAVES = {"reverse_kl": "score", "topk_reverse_kl": "score", "jsd": "logits", "forward_kl": "logits",
           "sampled_kl": "probability", "cross_entropy": "probability"}  # what describe() leaves of a chunk's logits
 FAR = -1e30  # the logit of a column that was merged into another: probability 0, and finite, so that 0 * FAR is 0
@@ -153,7 +153,7 @@ class FusedDivergence(torch.autograd.Function):
 
         tile_numel = TILE if device.type == "cpu" else 16 * TILE
         models = 1 if hidden_t is None else 2
-        budget = options["memory_budget"] - 8 * tile_numel * wide.itemsize
+        budget = options["memory_budget"] - 32 * tile_numel * wide.itemsize
         chunk_rows = options["chunk_rows"] or even_chunks(n, budget // (models * vocab * wide.itemsize))
         buffers = torch.empty(models, vocab * min(chunk_rows, n), dtype=wide, device=device)
 

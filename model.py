@@ -10,7 +10,7 @@ tensor never exists.
     logits = hidden @ model.head.T         # (B, T, V), for those who can afford it
 
 Read in this order: RMSNorm, Linear, rope, KVCache, Attention, MLP, Block, Transformer, and last the books
-(`count_flops`).
+(`count_flops`, `memory_parts`).
 """
 
 import copy
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from data import HERE, InputError, read_json
 
@@ -52,9 +53,12 @@ class Linear(nn.Linear):
 def few_rows(weight: Tensor, x: Tensor) -> Tensor:
     """x (b, I) weight^T -> (b, O), for the few rows of a decode step on a CPU, where it streams the weights (O, I).
 
-    W x^T is the same product as x W^T and up to 4 times faster: BLAS libraries walk through the large operand well when
-    it is the first one. For a single row, two are computed, since the library's product with a vector is slower yet.
+    W x^T is the same product as x W^T. Where the BLAS library knows the CPU's wide registers (AVX-512), they cost the
+    same. Elsewhere it walks through the large operand up to 4 times faster when that is the first one; and for a single
+    row, two are computed, since its product with a vector is slower yet.
     """
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return F.linear(x, weight)
     if len(x) == 1:
         return torch.mm(weight, torch.cat((x, x)).T)[:, :1].T.contiguous()
     return torch.mm(weight, x.contiguous().T).T.contiguous()
@@ -180,15 +184,15 @@ class Attention(nn.Module):
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         else:  # decoding: the new tokens see the cache
             cache.write(self.layer, positions, k, v)
-            q, k, v = (
-                q.transpose(1, 2),
-                cache.k[self.layer][:, :, : mask.shape[-1]],
-                cache.v[self.layer][:, :, : mask.shape[-1]],
-            )
+            q = q.transpose(1, 2)
+            k, v = (x[self.layer][:, :, : mask.shape[-1]] for x in (cache.k, cache.v))
+            if T == 1:  # the query heads that share a key stand as one key head's queries, so that it is read once
+                q = q.reshape(B, self.kv_heads, -1, self.head_dim)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != self.kv_heads
         )
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))
+        y = y.reshape(B, self.heads, T, self.head_dim).transpose(1, 2)
+        return self.o_proj(y.reshape(B, T, self.heads * self.head_dim))
 
 
 class MLP(nn.Module):
@@ -226,6 +230,7 @@ class Transformer(nn.Module):
         check_config(config)
         self.config = config
         self.frequencies, self.rope_scale = rope_frequencies(config)  # not a parameter, and not in the checkpoint
+        self.recompute = False  # in backward, instead of keeping what is inside the blocks: less memory, a third more FLOP
         self.model = nn.Module()  # the Hugging Face trees put everything but the head under "model."
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
@@ -261,7 +266,10 @@ class Transformer(nn.Module):
             slot = torch.arange(slots or cache.k.shape[3], device=tokens.device)
             mask = (slot <= positions[..., None])[:, None]  # (B, 1, T, S)
         for block in self.model.layers:
-            x = block(x, cos, sin, cache, positions, mask)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, cache, positions, mask, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, cache, positions, mask)
         return self.model.norm(x)
 
     def initialize(self, seed: int) -> "Transformer":
@@ -382,9 +390,9 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def checkpoint_folder(path: str | Path) -> Path:
+def checkpoint_folder(path: str | Path, files: tuple[str, ...] = ("*.json", "*.safetensors", "*.jinja")) -> Path:
     """The local folder of a checkpoint given as a folder, as one of those in data/ (`chains/teacher`), or as the name
-    of a repository on the Hugging Face hub, which is downloaded and cached."""
+    of a repository on the Hugging Face hub, of which `files` are downloaded and cached."""
     for folder in (Path(path), HERE / path):
         if folder.is_dir():
             return folder
@@ -393,7 +401,7 @@ def checkpoint_folder(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return Path(snapshot_download(str(path), allow_patterns=list(files)))
     except (OSError, ValueError) as error:  # offline, not found, gated, disk full: the hub's own first line says which
         reason = str(error).strip().split("\n")[0]
         raise InputError(
@@ -425,3 +433,48 @@ def count_flops(config, new_tokens: float, pairs: float, head_rows: float) -> fl
     q_size, kv_size = config.num_attention_heads * D, config.num_key_value_heads * D
     weights = layers * (2 * H * q_size + 2 * H * kv_size + 3 * H * config.intermediate_size)
     return 2 * weights * new_tokens + 4 * layers * q_size * pairs + 2 * H * config.vocab_size * head_rows
+
+
+def count_parameters(config) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(config).parameters())
+
+
+def activation_bytes(config, tokens: int, half: bool, recompute: bool = False) -> int:
+    """What autograd keeps of a forward pass over `tokens` tokens, padding included: counted tensor by tensor from the
+    code above, and held against the tensors saved on a CPU by a test. half: under bfloat16 autocast, where the norms'
+    inputs stay float32. recompute: only each block's input is kept, and one block's insides at a time."""
+    H, D, layers = config.hidden_size, head_dim_of(config), config.num_hidden_layers
+    q_size, kv_size = config.num_attention_heads * D, config.num_key_value_heads * D
+    norms = 4 * H + (2 * (q_size + kv_size) if config.model_type == "qwen3" else 0)  # inputs, and normalised inputs
+    products = 2 * H + 2 * (q_size + kv_size) + 4 * config.intermediate_size  # inputs of a linear or of attention
+    block = 4 * norms + (2 if half else 4) * products
+    return tokens * (layers * 4 * H + block if recompute else layers * block) + tokens * 4 * 2 * H
+
+
+def memory_parts(
+    student, teacher, *, batch: int, micro_batch: int, prompt: int, response: int, sampled: int, half: bool,
+    recompute: bool = False, loss_buffers: int = 2**28,
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes that a training step takes, by part, at its two peaks: (while sampling, while learning).
+
+    student, teacher (or None): configurations. batch rows are sampled, `sampled` tokens long at most, after prompts of
+    at most `prompt` tokens; micro_batch rows are learned from at once, of `response` tokens at most.
+    """
+    P, P_t = count_parameters(student), count_parameters(teacher) if teacher is not None else 0
+    size, V, H = 2 if half else 4, student.vocab_size, student.hidden_size
+    always = {"student: float32 weights and two AdamW moments": 12 * P}
+    if half:
+        always["student: bfloat16 copy that samples"] = 2 * P
+    if teacher is not None:
+        always["teacher"] = size * P_t
+    kv = 2 * student.num_hidden_layers * student.num_key_value_heads * head_dim_of(student)
+    prefill = min(batch * prompt, 2**14) * size * (kv + 6 * H + 4 * student.intermediate_size)
+    sampling = {"KV cache": batch * (prompt + sampled) * kv * size,
+                "prompts being read, or logits": max(prefill, batch * V * (size + 12))}  # fmt: skip
+    tokens = micro_batch * (prompt + response)
+    learning = {"gradients": 4 * P, "gradient of the head, on its way": 4 * V * H * (1 + (not half)),
+                "logits of a chunk, and what is done to them": loss_buffers,
+                "activations": activation_bytes(student, tokens, half, recompute) + (2 * (P - V * H) if half else 0),
+                "passing through": tokens * size * (4 * H + 3 * student.intermediate_size)}  # fmt: skip
+    return always | sampling, always | learning

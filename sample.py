@@ -73,11 +73,15 @@ class Rollout:
         hidden[:, i] predicts tokens[:, i + 1], so the mask marks the n positions that predict a supervised token: of a
         whole response P-1 .. P+len-2, its own stop token included and nothing of the prompt. position counts from the
         response's start. What follows a row's last supervised token is left out. Rows of one length go together, the
-        longest first, so that little is padded and memory peaks at once.
+        longest first, so that memory peaks at once, and a row goes with none that is more than twice as long: a single
+        response that ran to the cap would otherwise make every step several times as dear.
         """
         spans = self.spans()
         ends = self.prompt_lens + spans[:, 1]
-        for rows in ends.argsort(descending=True).split(rows_at_once):
+        order = ends.argsort(descending=True, stable=True)
+        while len(order):
+            near = int((2 * ends[order] >= ends[order[0]]).sum())  # rows that are at most half padding beside the first
+            rows, order = order[: min(near, rows_at_once)], order[min(near, rows_at_once) :]
             length = int(ends[rows].max())
             at, start = torch.arange(length - 1), self.prompt_lens[rows, None] - 1
             mask = (at >= start + spans[rows, :1]) & (at <= ends[rows, None] - 2)

@@ -1,0 +1,171 @@
+"""A run's folder: config.json, log.jsonl, and checkpoints `step_NNNNNN/` that are whole or not there at all.
+
+A checkpoint is the student as a Hugging Face folder, the optimizer's moments, and a JSON state. Randomness and the data
+order are functions of (seed, step), so nothing else is needed to go on bit for bit (on one machine). `config` is
+train.py's Config throughout.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from data import InputError, read_json
+
+# Between a run and its resumption. The last two change the last bits of the arithmetic at most.
+MAY_CHANGE = {"steps", "eval_every", "save_every", "keep", "resume", "overwrite", "out_dir", "device", "micro_batch"}
+
+
+def find_run(config) -> Path | None:
+    """The checkpoint to resume from, or None for a fresh run. Refuses what would destroy or mix up an earlier run."""
+    out = Path(config.out_dir)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out_dir {out} is a file, expected a folder")
+    if config.resume:
+        complete = checkpoints(out)
+        if not complete:
+            raise InputError(f"--resume: no complete checkpoint in --out_dir {out}")
+        before = read_json(complete[-1] / "state.json")["config"]
+        now = asdict(config)
+        differ = {name: f"--{name} is {now[name]!r} and was {before.get(name)!r}" for name in now
+                  if name not in ("resume", "overwrite", "out_dir") and before.get(name) != now[name]}  # fmt: skip
+        barred = [line for name, line in differ.items() if name not in MAY_CHANGE]
+        if barred:
+            raise InputError(f"--resume of {out}: " + "; ".join(barred) + ". Only these may change: "
+                             + ", ".join(f"--{name}" for name in now if name in MAY_CHANGE))  # fmt: skip
+        for line in differ.values():
+            print(f"resuming: {line}")
+        paced = config.schedule in ("linear", "staircase") and not config.schedule_steps
+        if config.steps != before["steps"] and (paced or config.lr_schedule == "cosine"):
+            what = f"--schedule {config.schedule}; --schedule_steps would have freed it" if paced else "--lr_schedule"
+            raise InputError(f"--resume: --steps cannot change, since --steps {before['steps']} set the pace of {what}")
+        return complete[-1]
+    if files_of_run(out) and not config.overwrite:
+        raise InputError(f"--out_dir {out} already holds a run; continue it with --resume, discard it with --overwrite")
+    for name in ("student", "teacher"):
+        if any(old.resolve() in (used := Path(getattr(config, name)).resolve(), *used.parents)
+               for old in files_of_run(out)):  # fmt: skip
+            raise InputError(f"--overwrite would delete --{name} {getattr(config, name)}: choose another --out_dir")
+    return None
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Complete checkpoints, the oldest first. Other folders are none of ours, whatever they are called."""
+    found = [f for f in out.glob("step_*") if re.fullmatch(r"step_\d{6,}", f.name) and (f / "state.json").is_file()]
+    return sorted(found, key=lambda f: int(f.name.removeprefix("step_")))
+
+
+def files_of_run(out: Path) -> list[Path]:
+    return checkpoints(out) + [f for f in (out / "log.jsonl", out / "config.json") if f.exists()]
+
+
+def open_run(config, resume_step: int | None) -> None:
+    """Make out_dir ready, once all there is to load has been loaded."""
+    out, log = Path(config.out_dir), Path(config.out_dir) / "log.jsonl"
+    if resume_step is None:
+        for path in files_of_run(out):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+    elif log.is_file():  # what was logged after the checkpoint will be logged again, and a torn last line goes
+        kept = [r for r in read_log(log) if r["step"] <= resume_step]
+        temporary = log.with_suffix(".incomplete")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        os.replace(temporary, log)
+
+
+def read_log(log: Path) -> list[dict]:
+    """The records of a log.jsonl up to the first line that a kill has torn."""
+    records = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def save_checkpoint(
+    config, student, tokenizer, stop_ids: tuple[int, ...], optimizer, step: int, totals: dict, growth: dict
+) -> Path:
+    """out_dir/step_NNNNNN: a Hugging Face folder plus what resuming needs. It appears whole or not at all."""
+    out = Path(config.out_dir)
+    final, temporary = out / f"step_{step:06d}", out / f".step_{step:06d}.incomplete"
+    shutil.rmtree(temporary, ignore_errors=True)
+    student.save_pretrained(temporary)
+    tokenizer.save(temporary, stop_ids)
+    names = {p: name for name, p in student.named_parameters()}
+    moments = {
+        f"{names[p]}.{key}": value.contiguous() for p, state in optimizer.state.items()
+        for key, value in state.items() if key != "step"
+    }
+    save_file(moments, temporary / "optimizer.safetensors")
+    (temporary / "state.json").write_text(
+        json.dumps({"step": step, "totals": totals, "growth": growth, "config": asdict(config)}, indent=1)
+    )
+    for file in temporary.iterdir():  # on the disk before the name says so
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    if os.name == "posix":
+        folder = os.open(out, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    for old in checkpoints(out)[: -config.keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(folder: Path, student, optimizer) -> tuple[int, dict, dict]:
+    state = read_json(folder / "state.json")
+    file = folder / "optimizer.safetensors"
+    try:
+        moments = load_file(file, device=str(student.head.device))
+        for name, p in student.named_parameters():
+            optimizer.state[p] = {key: moments[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p]["step"] = torch.tensor(float(state["step"]), device=p.device)  # as fused AdamW wants it
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(f"{file}: not a complete optimizer state ({error}). Delete {folder} to resume from the "
+                         "checkpoint before it") from None  # fmt: skip
+    return state["step"], state["totals"], state["growth"]
+
+
+def summarize(log_path: Path, saved: Path, cut: bool) -> None:
+    """Print a run's last block, read from the log: what was learned, what it cost, where it lies."""
+    records = read_log(log_path)
+    steps, judged = [r for r in records if "loss" in r], [r for r in records if "eval" in r]
+    first, final = steps[0], steps[-1]
+    note = " (interrupted; go on with --resume)" if cut else ""
+    print(f"\nafter {final['step']} steps{note}: loss {first['loss']:.4f} -> {final['loss']:.4f}")
+    for manner in ("greedy", "sampled", "kl"):
+        mine = [r for r in judged if r["eval"] == "student" and r["manner"] == manner]
+        if not mine or mine[-1]["step"] != final["step"]:
+            continue
+        key, last = "kl" if manner == "kl" else "accuracy", mine[-1]
+        change = (f"{mine[0][key]:.3f} -> " if mine[0]["step"] == 0 else "") + f"{last[key]:.3f}"
+        if manner == "kl":
+            print(
+                f"  student, held-out KL:       {change} nats a token, over whole responses of "
+                f"{last['response_len']:.0f} tokens"
+            )
+        else:
+            print(
+                f"  student, {manner + ' accuracy:':18} {change} (95%: {last['low']:.3f} to {last['high']:.3f}), "
+                f"P(finish) {last['finish']:.3f}, mean length {last['mean_len']:.0f}"
+            )
+    for r in judged:
+        if r["eval"] == "teacher":
+            print(f"  teacher, greedy accuracy:   {r['accuracy']:.3f}, mean length {r['mean_len']:.0f}")
+    spent = {part: sum(r[f"seconds_{part}"] for r in steps) for part in ("sample", "teacher", "student")}
+    print("  seconds: " + ", ".join(f"{part} {s:.1f}" for part, s in spent.items())
+          + f"; all steps {final['total_seconds']:.1f}, evaluations {sum(r['seconds'] for r in judged):.1f}")
+    print(f"  {final['total_tokens_trained']:,} tokens trained on, {final['total_flop'] / 1e12:.3g} TFLOP, "
+          f"{final['total_flop'] / final['total_seconds'] / 1e9:.1f} GFLOP/s")
+    print(f"  checkpoint {saved}\n  talk to it: python sample.py --model {saved}\n  log {log_path}")

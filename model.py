@@ -9,12 +9,13 @@ tensor never exists.
     hidden = model(tokens)                 # (B, T) -> (B, T, H)
     logits = hidden @ model.head.T         # (B, T, V), for those who can afford it
 
-Read in this order: RMSNorm, Linear, rope, KVCache, Attention, MLP, Block, Transformer, and last the books
-(`count_flops`, `memory_parts`).
+Read in this order: RMSNorm, Linear, rope, KVCache, Attention, MLP, Block, Transformer.
 """
 
 import copy
 import math
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -230,7 +231,7 @@ class Transformer(nn.Module):
         check_config(config)
         self.config = config
         self.frequencies, self.rope_scale = rope_frequencies(config)  # not a parameter, and not in the checkpoint
-        self.recompute = False  # in backward, instead of keeping what is inside the blocks: less memory, a third more FLOP
+        self.recompute = False  # what is inside the blocks, in backward: less memory, a third more FLOP
         self.model = nn.Module()  # the Hugging Face trees put everything but the head under "model."
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
@@ -390,6 +391,13 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken: of the device, or of this machine's memory (a guess of 8 GiB off Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if sys.platform == "linux" else 2**33
+
+
 def checkpoint_folder(path: str | Path, files: tuple[str, ...] = ("*.json", "*.safetensors", "*.jinja")) -> Path:
     """The local folder of a checkpoint given as a folder, as one of those in data/ (`chains/teacher`), or as the name
     of a repository on the Hugging Face hub, of which `files` are downloaded and cached."""
@@ -421,60 +429,3 @@ def load_config(folder: str | Path):
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise InputError(f"{file}: {' '.join(str(error).split())}") from None
-
-
-def count_flops(config, new_tokens: float, pairs: float, head_rows: float) -> float:
-    """Matmul FLOP of one forward pass: 2 per weight and token, attention, and the head where it is applied.
-
-    new_tokens: tokens that go through the layers. pairs: (query, key) pairs attended, summed over rows: T(T+1)/2 for a
-    causal row of T. head_rows: positions whose logits are computed. A backward pass costs twice its forward.
-    """
-    H, D, layers = config.hidden_size, head_dim_of(config), config.num_hidden_layers
-    q_size, kv_size = config.num_attention_heads * D, config.num_key_value_heads * D
-    weights = layers * (2 * H * q_size + 2 * H * kv_size + 3 * H * config.intermediate_size)
-    return 2 * weights * new_tokens + 4 * layers * q_size * pairs + 2 * H * config.vocab_size * head_rows
-
-
-def count_parameters(config) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in Transformer(config).parameters())
-
-
-def activation_bytes(config, tokens: int, half: bool, recompute: bool = False) -> int:
-    """What autograd keeps of a forward pass over `tokens` tokens, padding included: counted tensor by tensor from the
-    code above, and held against the tensors saved on a CPU by a test. half: under bfloat16 autocast, where the norms'
-    inputs stay float32. recompute: only each block's input is kept, and one block's insides at a time."""
-    H, D, layers = config.hidden_size, head_dim_of(config), config.num_hidden_layers
-    q_size, kv_size = config.num_attention_heads * D, config.num_key_value_heads * D
-    norms = 4 * H + (2 * (q_size + kv_size) if config.model_type == "qwen3" else 0)  # inputs, and normalised inputs
-    products = 2 * H + 2 * (q_size + kv_size) + 4 * config.intermediate_size  # inputs of a linear or of attention
-    block = 4 * norms + (2 if half else 4) * products
-    return tokens * (layers * 4 * H + block if recompute else layers * block) + tokens * 4 * 2 * H
-
-
-def memory_parts(
-    student, teacher, *, batch: int, micro_batch: int, prompt: int, response: int, sampled: int, half: bool,
-    recompute: bool = False, loss_buffers: int = 2**28,
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes that a training step takes, by part, at its two peaks: (while sampling, while learning).
-
-    student, teacher (or None): configurations. batch rows are sampled, `sampled` tokens long at most, after prompts of
-    at most `prompt` tokens; micro_batch rows are learned from at once, of `response` tokens at most.
-    """
-    P, P_t = count_parameters(student), count_parameters(teacher) if teacher is not None else 0
-    size, V, H = 2 if half else 4, student.vocab_size, student.hidden_size
-    always = {"student: float32 weights and two AdamW moments": 12 * P}
-    if half:
-        always["student: bfloat16 copy that samples"] = 2 * P
-    if teacher is not None:
-        always["teacher"] = size * P_t
-    kv = 2 * student.num_hidden_layers * student.num_key_value_heads * head_dim_of(student)
-    prefill = min(batch * prompt, 2**14) * size * (kv + 6 * H + 4 * student.intermediate_size)
-    sampling = {"KV cache": batch * (prompt + sampled) * kv * size,
-                "prompts being read, or logits": max(prefill, batch * V * (size + 12))}  # fmt: skip
-    tokens = micro_batch * (prompt + response)
-    learning = {"gradients": 4 * P, "gradient of the head, on its way": 4 * V * H * (1 + (not half)),
-                "logits of a chunk, and what is done to them": loss_buffers,
-                "activations": activation_bytes(student, tokens, half, recompute) + (2 * (P - V * H) if half else 0),
-                "passing through": tokens * size * (4 * H + 3 * student.intermediate_size)}  # fmt: skip
-    return always | sampling, always | learning

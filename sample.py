@@ -11,7 +11,6 @@ evaluation (more rows than memory) pays for the rows that are done while the lon
 """
 
 import math
-import os
 import sys
 import time
 from collections import deque
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from data import InputError, flag, load_jsonl, parse_flags, resolve, run_command
 from data.tokenizer import Tokenizer
-from model import KVCache, Transformer, checkpoint_folder, choose_device, few_rows, head_dim_of
+from model import KVCache, Transformer, checkpoint_folder, choose_device, few_rows, free_memory, head_dim_of
 
 PREFILL_TOKENS = 2**14  # prompts are read in groups of about so many tokens
 # Steps between looks at which rows have ended: a look waits for the device, which is free on a CPU. A row that ended in
@@ -163,7 +162,7 @@ def generate(
                 sampled += len(ids)
                 if progress:
                     bar.update()
-                    bar.set_postfix_str(f"{sampled / (time.perf_counter() - begin):,.0f} tok/s")
+                    bar.set_postfix_str(f"{sampled / (time.perf_counter() - begin):,.0f} tok/s", refresh=False)
         except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has none of its own
             if slots == 1 or not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
                 raise
@@ -323,11 +322,7 @@ def slot_bytes(model: Transformer, max_len: int, vocab: int) -> int:
 
 def slots_for(model: Transformer, max_len: int, vocab: int, memory_budget: int | None) -> int:
     if memory_budget is None:
-        if model.head.is_cuda:
-            free = torch.cuda.mem_get_info(model.head.device)[0]
-        else:  # Linux says; elsewhere 8 GiB is a guess
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if sys.platform == "linux" else 2**33
-        memory_budget = free // 2
+        memory_budget = free_memory(model.head.device) // 2
     return max(1, memory_budget // slot_bytes(model, max_len, vocab))
 
 
@@ -368,6 +363,7 @@ def draw(
     inside = p.gather(-1, at.clamp(max=V - 1)).double().masked_fill_(at >= V, 0).cumsum(-1)  # (B, BLOCK)
     share = (target - cumulative.gather(-1, block)) / sums.gather(-1, block)  # where in the block, 0 to 1
     token = block * BLOCK + first_above(inside, share.clamp_(min=0) * inside[:, -1:])
+    token.clamp_(max=V - 1)  # likewise; the loss of the step will say so
     return token[:, 0], (p.gather(-1, token).log() - cumulative[:, -1:].log())[:, 0]
 
 
@@ -375,7 +371,8 @@ def first_above(cumulative: Tensor, target: Tensor) -> Tensor:
     """Index (B, 1) of the first entry of cumulative (B, n) above target (B, 1). Rounding may have lifted the target to
     the last entry; it is kept below, so that no token of probability 0 is ever drawn."""
     below = torch.minimum(target, cumulative[:, -1:] * (1 - 1e-15))
-    return torch.searchsorted(cumulative.contiguous(), below, right=True)
+    found = torch.searchsorted(cumulative.contiguous(), below, right=True)
+    return found.clamp_(max=cumulative.shape[-1] - 1)  # beyond only where the logits were not finite
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
     python train.py --prefix_len 1024               # distil the embedded pair on whatever machine this is
     python train.py --prefix_len 16 --steps 10      # the paper's point: the first tokens carry most of the lesson
+    python train.py --plan --prefix_len 64          # what a run would take: memory, FLOP, the saving of each prefix
     python train.py --student Qwen/Qwen3-1.7B-Base --teacher Qwen/Qwen3-8B --data my_prompts.jsonl --lr 1e-6
 
 One step, as in arXiv 2602.15260:
@@ -13,17 +14,17 @@ Where the responses come from (--rollout student | teacher | data) and what is m
 flags, so the same loop is also supervised fine-tuning (--rollout data --loss cross_entropy), which trained the embedded
 pair, and everything in between.
 
-Read this file from the last line upwards, or from `train` downwards.
+When memory runs out, lower --prefix_len, then --batch_size (sampling) or --micro_batch (learning), or turn on
+--recompute; --plan says which part is the large one. Read this file from the last line upwards, or from `train` down.
 """
 
 import copy
 import functools
 import json
 import math
-import os
 import signal
-import time
-from dataclasses import dataclass
+import zlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -31,89 +32,92 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import HERE, InputError, flag, load_jsonl, parse_flags, resolve, run_command
-from data.run import find_run, load_checkpoint, open_run, read_log, save_checkpoint, summarize
+from data.books import (
+    choose_micro_batch,
+    count_flops,
+    flop_books,
+    matmul_rate,
+    peak_memory,
+    plan,
+    predicted_memory,
+    process_memory,
+    tick,
+)
+from data.run import ResponseCache, find_run, load_checkpoint, open_run, read_log, save_checkpoint, summarize
 from data.tokenizer import Tokenizer, check_same
 from eval import by_position, evaluate, measure_kl, preflight
 from loss import LOSSES, distill_loss
-from model import Transformer, checkpoint_folder, choose_device, count_flops, load_config
+from model import Transformer, checkpoint_folder, choose_device, free_memory, load_config
 from sample import Rollout, generate
 
 
 @dataclass
 class Config:
-    # The pair and the data
-    student: str = flag("chains/student", "checkpoint folder or hub name of the model that learns")
+    student: str = flag("chains/student", "checkpoint folder or hub name of the model that learns",
+                        group="the pair and the data")  # fmt: skip
     teacher: str = flag("chains/teacher", "checkpoint folder or hub name of the frozen model that scores")
-    init: str = flag(
-        "pretrained", "pretrained, or random: only --student's configuration, with fresh weights from --seed"
-    )
+    init: str = flag("pretrained", "or random: only --student's configuration, with fresh weights from --seed")
     data: str = flag("chains", "training prompts: a name (data/NAME/train.jsonl) or a .jsonl file")
-    eval_data: str = flag(
-        "", "held-out problems, a name or a .jsonl file; empty takes --data's own test split, if it has one"
-    )
-    chat: str = flag(
-        "auto", "auto: prompts go through the student's chat template where there is one; on: demand it; off: bare"
-    )
+    eval_data: str = flag("", "held-out problems, likewise; empty takes --data's own test split, if it has one")
+    chat: str = flag("auto", "through the student's chat template where there is one; on: demand it; off: bare prompts")
     system: str = flag("", "text of a system turn before each prompt, for checkpoints with a chat template")
     thinking: str = flag("", "on or off, for chat templates that have the switch")
-    stop_tokens: str = flag(
-        "", "further stop tokens besides those both checkpoints declare, comma-separated names or ids"
-    )
+    stop_tokens: str = flag("", "further stop tokens besides those both checkpoints declare: names or ids, with commas")
     out_dir: str = flag("out", "where log.jsonl and the checkpoints go")
-    # The method
-    prefix_len: int = flag(
-        1024, "cut each response after this many tokens; lower it first when memory or time runs out"
-    )
-    schedule: str = flag(
-        "constant", "how the prefix grows from --prefix_start to --prefix_len: constant (not at all), linear, "
-        "staircase, or adaptive (when its last half has been learnt)"
-    )
+
+    prefix_len: int = flag(1024, "cut responses after this many tokens; lower it first if memory or time runs out",
+                           group="the method")  # fmt: skip
+    schedule: str = flag("constant", "how the prefix grows from --prefix_start to --prefix_len: constant (not at all), "
+                         "linear, staircase, or adaptive (when its last half has been learnt)")  # fmt: skip
     prefix_start: int = flag(16, "where a growing prefix starts")
     schedule_steps: int = flag(0, "steps in which linear and staircase reach --prefix_len; 0 takes --steps")
     stair: int = flag(64, "tokens a stair of the staircase")
-    window: str = flag(
-        "prefix", "what is supervised: the prefix, where sampling stops; or, as control experiments, the first, last "
-        "or random --prefix_len tokens of responses sampled up to --max_new_tokens"
-    )
-    rollout: str = flag(
-        "student", "who writes the responses: student (on-policy), teacher, or data (the field `solution`)"
-    )
+    window: str = flag("prefix", "what is supervised: the prefix, where sampling stops; or, as control experiments, "
+                       "the first, last or random --prefix_len tokens of responses of --max_new_tokens")  # fmt: skip
+    rollout: str = flag("student", "who writes the responses: student (on-policy), teacher, or data (its `solution`)")
+    mix: float = flag(0.0, "share of each batch whose responses the teacher writes, in a run of --rollout student")
+    teacher_prefix: int = flag(0, "start each student's response with this many tokens of the teacher's, unsupervised")
+    teacher_cache: str = flag("", "a .jsonl file to keep the teacher's responses in, and to take them from")
     loss: str = flag("reverse_kl", f"what is minimised: {', '.join(LOSSES)}")
     beta: float = flag(0.5, "mixture of the jsd loss, strictly between 0 and 1")
     top_k: int = flag(64, "tokens that the topk_reverse_kl loss tells apart; all others are one bucket")
     top_k_of: str = flag("teacher", "whose most likely tokens those are: teacher or student")
+    iw_gamma: float = flag(0.0, "IW-OPD's soft weights in place of a hard cut: up to 1 + this for early tokens")
     temperature: float = flag(1.0, "of sampling and of both models' distributions in the loss")
     stop_class: bool = flag(True, "treat all stop tokens of both models as one outcome in the loss")
-    # Optimisation
-    steps: int = flag(30, "optimizer steps")
-    batch_size: int = flag(64, "prompts a step")
-    micro_batch: int = flag(
-        16, "rows that go forward and backward at once; lower it when memory runs out, nothing else changes"
-    )
+
+    steps: int = flag(30, "optimizer steps", group="optimisation")
+    batch_size: int = flag(64, "prompts a step; lower it when memory runs out in sampling")
     lr: float = flag(5e-4, "peak learning rate; real models want 1e-6 to 1e-5")
     lr_schedule: str = flag("constant", "constant or cosine (to zero at the last step), after the warm-up")
     warmup: int = flag(2, "steps of linear warm-up")
     weight_decay: float = flag(0.0, "AdamW's, on matrices only")
     beta1: float = flag(0.9, "AdamW's first moment")
     beta2: float = flag(0.98, "AdamW's second moment")
+    eps: float = flag(1e-8, "AdamW's, below which a gradient no longer makes a full step")
     grad_clip: float = flag(1.0, "largest gradient norm; 0 turns clipping off")
-    # Evaluation
-    eval_every: int = flag(0, "evaluate every this many steps, besides before and after; 0 is off")
+
+    eval_every: int = flag(0, "evaluate every this many steps, besides before and after; 0 is off", group="evaluation")
     eval_problems: int = flag(500, "held-out problems to answer; 0 measures no accuracy")
-    eval_kl: int = flag(
-        100, "held-out prompts to measure the reverse KL on, over whole responses of the student; 0 measures none"
-    )
+    eval_kl: int = flag(100, "held-out prompts to measure the reverse KL on, over whole responses of the student, or 0")
     max_new_tokens: int = flag(512, "cap on responses in evaluation")
-    # The run
-    seed: int = flag(1337, "of the data order, the sampling and fresh weights")
+
+    micro_batch: int = flag(0, "rows that go forward and backward at once; 0 takes what --memory holds. The result is "
+                            "the same; lower it when memory runs out in learning", group="the machine")  # fmt: skip
+    memory: float = flag(0.0, "GiB the run may take; 0 takes what is free when it starts")
+    recompute: bool = flag(False, "keep only the blocks' inputs for backward: much less memory, a third more FLOP")
+    compile: bool = flag(False, "torch.compile the training forwards and the decode step: minutes of warm-up")
     device: str = flag("", "cpu, cuda, cuda:1, ...; empty chooses")
-    dtype: str = flag(
-        "", "float32 or bfloat16 for the forward passes (the student's own weights stay float32); empty chooses"
-    )
+    dtype: str = flag("", "float32 or bfloat16 for forward passes (the student's weights stay float32); empty chooses")
+
+    seed: int = flag(1337, "of the data order, the sampling and fresh weights", group="the run")
     save_every: int = flag(0, "checkpoint every this many steps, besides the last; 0 is off")
     keep: int = flag(2, "how many checkpoints stay")
     resume: bool = flag(False, "continue the run in --out_dir from its last complete checkpoint")
     overwrite: bool = flag(False, "discard the run in --out_dir")
+    wandb_project: str = flag("", "also log to this project of Weights & Biases (pip install wandb)")
+    plan: bool = flag(False, "only print what the run would take, from the two config.json alone")
+    plan_lens: str = flag("64,2048", "prompt and whole-response tokens that --plan assumes")
 
 
 def check_flags(config: Config) -> None:
@@ -126,30 +130,45 @@ def check_flags(config: Config) -> None:
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise InputError(f"--{name} {getattr(config, name)}: expected one of {', '.join(filter(None, allowed))}")
-    for name in ("prefix_len", "steps", "batch_size", "micro_batch", "max_new_tokens", "keep", "top_k", "prefix_start",
-                 "stair"):  # fmt: skip
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name} must be at least 1, found {getattr(config, name)}")
-    for name in ("warmup", "weight_decay", "grad_clip", "eval_every", "eval_problems", "eval_kl", "save_every", "seed",
-                 "schedule_steps"):  # fmt: skip
-        if not getattr(config, name) >= 0:
-            raise InputError(f"--{name} must not be negative, found {getattr(config, name)}")
-    for name in ("lr", "temperature"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise InputError(f"--{name} must be positive, found {getattr(config, name)}")
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(config, name) < 1:
-            raise InputError(f"--{name} must lie in [0, 1), found {getattr(config, name)}")
-    if config.loss == "jsd" and not 0 < config.beta < 1:
-        raise InputError(f"--beta must lie strictly between 0 and 1, found {config.beta}")
-    if config.loss == "sampled_kl" and config.rollout != "student":
-        raise InputError("--loss sampled_kl estimates from the student's own samples: use it with --rollout student")
-    if config.schedule != "constant" and config.prefix_start > config.prefix_len:
-        raise InputError(f"--prefix_start {config.prefix_start} lies above --prefix_len {config.prefix_len}")
-    if config.schedule == "adaptive" and config.loss == "cross_entropy":
-        raise InputError("--schedule adaptive follows the KL to the teacher, which --loss cross_entropy lacks")
-    if config.resume and config.overwrite:
-        raise InputError("--resume and --overwrite contradict each other")
+    bounds = (
+        ("at least 1", 1, math.inf, "prefix_len steps batch_size max_new_tokens keep top_k prefix_start stair"),
+        ("at least 0", 0, math.inf, "warmup weight_decay grad_clip eval_every eval_problems eval_kl save_every seed"),
+        ("at least 0", 0, math.inf, "memory schedule_steps micro_batch teacher_prefix iw_gamma eps"),
+        ("positive", 5e-324, 1.7e308, "lr temperature"),
+        ("in [0, 1)", 0, 1 - 2**-53, "beta1 beta2"),
+        ("between 0 and 1", 0, 1, "mix"),
+    )
+    for bound, least, most, names in bounds:
+        for name in names.split():
+            if not least <= getattr(config, name) <= most:
+                raise InputError(f"--{name} must be {bound}, found {getattr(config, name)}")
+
+    def refuse(clash: bool, message: str) -> None:
+        if clash:
+            raise InputError(message)
+
+    c, follows = config, config.schedule == "adaptive" or config.iw_gamma > 0
+    shortest = c.prefix_len if c.schedule == "constant" else c.prefix_start
+    refuse(c.loss == "jsd" and not 0 < c.beta < 1, f"--beta must lie strictly between 0 and 1, found {c.beta}")
+    refuse(c.loss == "sampled_kl" and (c.rollout != "student" or c.mix > 0),
+           "--loss sampled_kl estimates from the student's own samples: use it with --rollout student and --mix 0")
+    refuse(shortest > c.prefix_len, f"--prefix_start {c.prefix_start} lies above --prefix_len {c.prefix_len}")
+    refuse(follows and c.loss == "cross_entropy",
+           "--schedule adaptive and --iw_gamma follow the KL to the teacher, which --loss cross_entropy lacks")
+    refuse((c.mix > 0 or c.teacher_prefix > 0) and c.rollout != "student",
+           f"--mix and --teacher_prefix are for --rollout student, found --rollout {c.rollout}")
+    refuse(bool(c.teacher_cache) and not teacher_writes(c), "--teacher_cache: in this run the teacher writes nothing")
+    refuse(c.teacher_prefix >= shortest,
+           f"--teacher_prefix {c.teacher_prefix} must lie below the shortest prefix, {shortest}")
+    refuse(c.teacher_prefix > 0 and c.window != "prefix", "--teacher_prefix and --window exclude each other")
+    refuse(c.resume and c.overwrite, "--resume and --overwrite contradict each other")
+
+
+def teacher_writes(config: Config) -> bool:
+    return config.rollout == "teacher" or config.mix > 0 or config.teacher_prefix > 0
+
+
+# --- which prompts, how long a prefix, whose words
 
 
 def batch_of(rows: list[dict], step: int, config: Config) -> list[dict]:
@@ -203,57 +222,124 @@ def supervise_window(rollout: Rollout, length: int, window: str, generator: torc
     rollout.supervised = torch.stack((start, (start + length).minimum(rollout.lens)), dim=1)
 
 
-def data_rollout(batch: list[dict], eos_id: int, prefix_len: int) -> Rollout:
-    """The written solutions as if they had been sampled, cut at prefix_len like any other."""
-    responses = [row["solution_ids"] + [eos_id] for row in batch]
-    cut = [r[:prefix_len] for r in responses]
-    sequences = [row["prompt_ids"] + r for row, r in zip(batch, cut)]
-    tokens = torch.zeros(len(batch), max(map(len, sequences)), dtype=torch.long)
-    for i, sequence in enumerate(sequences):
-        tokens[i, : len(sequence)] = torch.tensor(sequence)
-    prompt_lens = torch.tensor([len(row["prompt_ids"]) for row in batch])
-    finished = torch.tensor([len(r) <= prefix_len for r in responses])
-    lens = torch.tensor([len(r) for r in cut])
-    return Rollout(tokens, prompt_lens, lens, finished, logprobs=torch.empty(0), forced_lens=lens)
+def respond(
+    batch: list[dict], prefix_len: int, config: Config, student: Transformer, teacher: Transformer | None,
+    tokenizer: Tokenizer, stop_ids: tuple[int, ...], vocab: int, generator: torch.Generator,
+    cache: "ResponseCache | None" = None,
+) -> tuple[Rollout, dict]:
+    """1. sample: a response to every prompt of the batch, and the books of who wrote how much.
+
+    Whatever the student does not write is given to `generate` as the start of its response: all of it (the data's
+    solutions, the teacher's responses) or its first tokens (--teacher_prefix). The given start is not supervised where
+    the student goes on from it. Of whole responses, a --window picks the tokens to supervise.
+    """
+    cap = prefix_len if config.window == "prefix" else config.max_new_tokens
+    prompts, given = [row["prompt_ids"] for row in batch], [[] for _ in batch]
+    ready = round(config.mix * len(batch)) if config.rollout == "student" else len(batch)  # rows given whole
+    books = {"sampled": 0, "flop_sample": 0.0}
+
+    def account(rollout: Rollout, writer: Transformer) -> Rollout:
+        heads = int((rollout.lens - rollout.forced_lens).sum())
+        books["sampled"] += heads
+        books["flop_sample"] += count_flops(writer.config, rollout.prefilled + rollout.decoded, rollout.pairs, heads)
+        return rollout
+
+    def ask_teacher(rows: range, at_most: int) -> None:
+        """Let the teacher write for some rows. What goes to the cache is of full length, for whoever asks next."""
+        if cache is not None:
+            at_most = config.prefix_len if config.window == "prefix" else config.max_new_tokens
+        new = [i for i in rows if cache is None or batch[i]["prompt"] not in cache.responses]
+        if new:
+            seeds = None
+            if cache is not None:  # then a response is a function of its prompt
+                seeds = [zlib.crc32(batch[i]["prompt"].encode()) + config.seed * 2**32 for i in new]
+            rollout = account(generate(teacher, [prompts[i] for i in new], at_most, stop_ids, config.temperature,
+                                       generator=generator, vocab=vocab, seeds=seeds), teacher)  # fmt: skip
+            for k, i in enumerate(new):
+                given[i] = rollout.response(k)
+                if cache is not None:
+                    cache.add(batch[i]["prompt"], given[i])
+        for i in rows if cache is not None else ():
+            given[i] = cache.responses[batch[i]["prompt"]]
+
+    if config.rollout == "data":
+        given = [row["solution_ids"] + [tokenizer.eos_id] for row in batch]
+    elif ready:
+        ask_teacher(range(ready), cap)
+    if config.teacher_prefix:
+        ask_teacher(range(ready, len(batch)), config.teacher_prefix)
+        given[ready:] = [g[: config.teacher_prefix] for g in given[ready:]]
+    rollout = account(generate(student, prompts, cap, stop_ids, config.temperature, generator=generator, vocab=vocab,
+                               forced=given, compile=config.compile), student)  # fmt: skip
+    start = rollout.forced_lens.clone()
+    start[:ready] = 0
+    rollout.supervised = torch.stack((start, rollout.lens), dim=1)
+    if config.window != "prefix":
+        supervise_window(rollout, prefix_len, config.window, generator)
+    return rollout, books
+
+
+# --- the step
 
 
 def train_on(
     rollout: Rollout, student: Transformer, teacher: Transformer | None, config: Config, vocab: int,
-    stop_ids: tuple[int, ...], autocast, clock: dict,
+    stop_ids: tuple[int, ...], autocast, clock: dict, forwards: tuple | None = None,
 ) -> dict:
-    """Accumulate the gradient of one step's loss over its micro-batches. Returns the statistics of every supervised
-    row.
+    """2. score and 3. learn: accumulate the gradient of a step's loss. Returns the statistics of every supervised row.
 
     Each row is weighted by 1 / (supervised tokens of the whole step), so the gradient does not depend on how the step
-    is split. A response's own positions are all that is supervised: the stop token if the student drew it, no invented
-    stop where the prefix was cut, never the prompt.
+    is split into micro-batches. A response's own positions are all that is supervised: the stop token if the student
+    drew it, no invented stop where the prefix was cut, never the prompt.
+    Raises FloatingPointError when a loss is not finite, naming the micro-batch and the part it comes from.
     """
     device, half = student.head.device, config.dtype == "bfloat16"
+    forward_s, forward_t = forwards or (student, teacher)
     supervised = rollout.num_supervised()
     stats: dict[str, list] = {}
-    for tokens, mask, position in rollout.micro_batches(config.micro_batch):
+    for number, (tokens, mask, position) in enumerate(rollout.micro_batches(config.micro_batch)):
         tokens, mask = tokens.to(device), mask.to(device)
         hidden_t = head_t = None
         start = tick(device)
         if teacher is not None:
             with torch.no_grad():
-                hidden_t, head_t = teacher(tokens[:, :-1])[mask], teacher.head
+                hidden_t, head_t = forward_t(tokens[:, :-1])[mask], teacher.head
         clock["teacher"] += tick(device) - start
         start = tick(device)
         with autocast():
-            hidden_s = student(tokens[:, :-1])[mask]
-        loss, row_stats = distill_loss(
-            hidden_s.bfloat16() if half else hidden_s, student.head, hidden_t, head_t, loss=config.loss,
-            temperature=config.temperature, beta=config.beta, top_k=config.top_k, top_k_of=config.top_k_of,
-            targets=tokens[:, 1:][mask], vocab=vocab,
-            token_weights=torch.full((len(hidden_s),), 1.0 / supervised, device=device, dtype=student.head.dtype),
+            hidden_s = forward_s(tokens[:, :-1])[mask]
+        hidden_s = hidden_s.bfloat16() if half else hidden_s
+        fused = functools.partial(
+            distill_loss, hidden_t=hidden_t, head_t=head_t, loss=config.loss, temperature=config.temperature,
+            beta=config.beta, top_k=config.top_k, top_k_of=config.top_k_of, targets=tokens[:, 1:][mask], vocab=vocab,
             stop_ids=stop_ids if config.stop_class and teacher is not None else (),
         )
+        weights = torch.full((len(hidden_s),), 1.0 / supervised, device=device, dtype=student.head.dtype)
+        if config.iw_gamma:
+            _, seen = fused(hidden_s.detach(), student.head.detach())
+            weights *= iw_weights(seen["student_logprob"] - seen["teacher_logprob"], mask, config.iw_gamma)
+        loss, row_stats = fused(hidden_s, student.head, token_weights=weights)
+        row_stats["loss"] = row_stats["loss"] * weights * supervised
+        if not torch.isfinite(row_stats["loss"]).all():
+            parts = {"the teacher's hidden states": hidden_t, "the student's hidden states": hidden_s}
+            broken = [name for name, x in parts.items() if x is not None and not torch.isfinite(x).all()]
+            where = position[~torch.isfinite(row_stats["loss"]).cpu()].tolist()
+            raise FloatingPointError(f"micro-batch {number}: the loss is not finite at response positions {where[:5]}"
+                                     f"; not finite either: {' and '.join(broken) or 'nothing before it'}")
         loss.backward()
         clock["student"] += tick(device) - start
         for name, value in {**row_stats, "position": position}.items():
             stats.setdefault(name, []).append(value.cpu())
     return {name: torch.cat(values) for name, values in stats.items()}
+
+
+def iw_weights(log_ratio: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """IW-OPD's weights (arXiv 2606.22600): 1 + gamma (1 - F), with F the share of its row's sum of |log_ratio| that
+    lies before a token. log_ratio (n,) at the n places of mask (B, T-1); (n,)."""
+    size = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
+    size[mask] = log_ratio.abs().double()
+    before = (size.cumsum(1) - size) / size.sum(1, keepdim=True).clamp(min=1e-30)
+    return (1 + gamma * (1 - before[mask])).to(log_ratio.dtype)
 
 
 def update_norm(optimizer) -> float:
@@ -271,19 +357,6 @@ def update_norm(optimizer) -> float:
     return math.sqrt(total)
 
 
-def flop_books(rollout: Rollout, sampler, student, teacher) -> dict[str, float]:
-    """Matmul FLOP of one step, of the tokens really handled, padding not counted: sampling, teacher, student."""
-    read = rollout.prompt_lens.double() + rollout.spans()[:, 1] - 1  # up to the last supervised token, not fed back
-    pairs, tokens, heads = (read * (read + 1) / 2).sum().item(), read.sum().item(), rollout.num_supervised()
-    return {
-        "flop_sample": 0.0 if sampler is None else count_flops(
-            sampler.config, rollout.prefilled + rollout.decoded, rollout.pairs, int(rollout.lens.sum())
-        ),
-        "flop_teacher": count_flops(teacher.config, tokens, pairs, heads) if teacher is not None else 0.0,
-        "flop_student": 3 * count_flops(student.config, tokens, pairs, heads),
-    }
-
-
 def learning_rate(step: int, config: Config) -> float:
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
@@ -293,122 +366,117 @@ def learning_rate(step: int, config: Config) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def tick(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+# --- the run
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that torch.mm reaches here on a square product, the yardstick for the step's own rate."""
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(4):
-        start = tick(device)
-        a @ a
-        best = min(best, tick(device) - start)
-    return 2 * n**3 / best
+def load_pair(config: Config, device: torch.device, dtype: torch.dtype, resume_from: Path | None):
+    """(student, teacher or None, tokenizer, the teacher's tokenizer or None, real vocabulary, stop ids of both).
+
+    The student's weights are float32 for the optimizer: at a rate of 1e-6 a bfloat16 weight would round back to what it
+    was.
+    """
+    folder = checkpoint_folder(config.student)
+    tokenizer, teacher, theirs = Tokenizer(folder, config.chat, config.system, config.thinking), None, None
+    vocab, stop_ids = tokenizer.vocab_size, {*tokenizer.stop_ids, *tokenizer.stop_ids_of(config.stop_tokens)}
+    if teacher_writes(config) or config.loss != "cross_entropy":
+        teacher_folder = checkpoint_folder(config.teacher)
+        theirs = Tokenizer(teacher_folder, "off" if config.chat == "off" else "auto")
+        if theirs.chats():
+            theirs = Tokenizer(teacher_folder, config.chat, config.system, config.thinking)
+        check_same(tokenizer, theirs)
+        vocab = min(vocab, theirs.vocab_size)
+        stop_ids |= set(theirs.stop_ids)
+        teacher = Transformer.from_pretrained(teacher_folder, device, dtype).requires_grad_(False)
+    if resume_from is None and config.init == "random":
+        student = Transformer(load_config(folder)).initialize(config.seed).to(device)
+    else:
+        student = Transformer.from_pretrained(resume_from or folder, device, torch.float32)
+    student.recompute = config.recompute
+    for name, model in (("student", student), ("teacher", teacher)):
+        if model is not None and vocab > model.head.shape[0]:
+            raise InputError(f"--{name}: its tokenizer has {vocab} ids, its head {model.head.shape[0]} rows")
+    print(f"student {folder.name}: {sum(p.numel() for p in student.parameters()):,} parameters, float32", end="")
+    if teacher is not None:
+        count = sum(p.numel() for p in teacher.parameters())
+        print(f"; teacher {teacher_folder.name}: {count:,}, {config.dtype}", end="")
+    stop_ids = tuple(sorted(i for i in stop_ids if i < vocab))
+    print(f"\nvocabulary {vocab:,} of {student.head.shape[0]:,} rows; stop tokens "
+          + ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in stop_ids)
+          + (" (one class)" if config.stop_class and len(stop_ids) > 1 else ""))
+    return student, teacher, tokenizer, theirs, vocab, stop_ids
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the device on CUDA, else of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if os.uname().sysname == "Darwin" else peak * 1024
-
-
-def train(config: Config) -> None:
-    check_flags(config)
-    device = choose_device(config.device)
-    config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    resume_from = find_run(config)
-    dtype = getattr(torch, config.dtype)
-    half = dtype != torch.float32
-
-    # The data: prompts to train on, problems to be judged on.
-    rows = load_jsonl(
-        resolve(config.data, "train"), need=("prompt", "solution") if config.rollout == "data" else ("prompt",)
-    )
-    test = []
+def load_prompts(config: Config, tokenizer: Tokenizer, models: list[Transformer]) -> tuple[list[dict], list[dict], int]:
+    """(rows to train on, encoded; rows to be judged on; tokens of the longest prompt and response together)."""
+    need = ("prompt", "solution") if config.rollout == "data" else ("prompt",)
+    rows, test = load_jsonl(resolve(config.data, "train"), need), []
     if (config.eval_problems or config.eval_kl) and (config.eval_data or (HERE / config.data).is_dir()):
         need = ("prompt", "answer") if config.eval_problems else ("prompt",)
         test = load_jsonl(resolve(config.eval_data or config.data, "test"), need)
-
-    # The pair. The student's weights are float32 for the optimizer: at a rate of 1e-6 a bfloat16 weight would round
-    # back to what it was. In half precision the rollouts use a copy, refreshed every step.
-    student_folder = checkpoint_folder(config.student)
-    tokenizer, teacher = Tokenizer(student_folder, config.chat, config.system, config.thinking), None
-    vocab, stop_ids = tokenizer.vocab_size, {*tokenizer.stop_ids, *tokenizer.stop_ids_of(config.stop_tokens)}
-    if config.rollout == "teacher" or config.loss != "cross_entropy":
-        teacher_folder = checkpoint_folder(config.teacher)
-        teacher_tokenizer = Tokenizer(teacher_folder, "off" if config.chat == "off" else "auto")
-        if teacher_tokenizer.chats():
-            teacher_tokenizer = Tokenizer(teacher_folder, config.chat, config.system, config.thinking)
-        check_same(tokenizer, teacher_tokenizer)
-        vocab = min(vocab, teacher_tokenizer.vocab_size)
-        stop_ids |= set(teacher_tokenizer.stop_ids)
-        teacher = Transformer.from_pretrained(teacher_folder, device, dtype).requires_grad_(False)
-    stop_ids = tuple(sorted(i for i in stop_ids if i < vocab))
-    if resume_from is None and config.init == "random":
-        student = Transformer(load_config(student_folder)).initialize(config.seed).to(device)
-    else:
-        student = Transformer.from_pretrained(resume_from or student_folder, device, torch.float32)
-    sampler = copy.deepcopy(student).to(dtype).requires_grad_(False) if half else student
-
-    autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=half)
-    scorer = teacher if config.loss != "cross_entropy" else None  # cross-entropy looks at tokens only
-
-    matrices = [p for p in student.parameters() if p.dim() > 1]
-    vectors = [p for p in student.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=config.lr, betas=(config.beta1, config.beta2), fused=True,
-    )
-    first_step, totals = 0, {"tokens_sampled": 0, "tokens_scored": 0, "tokens_trained": 0, "flop": 0.0, "seconds": 0.0}
-    growth = {"prefix_len": config.prefix_start, "smooth": None, "lowest": None, "waited": 0}  # see adapted_prefix
-    if resume_from is not None:
-        first_step, totals, growth = load_checkpoint(resume_from, student, optimizer)
-
     for row in tqdm(rows, desc="tokenize", leave=False, delay=2):
         row["prompt_ids"] = tokenizer.encode_prompt(row["prompt"])
         if config.rollout == "data":
             row["solution_ids"] = tokenizer.encode(row["solution"])
         if not row["prompt_ids"]:
             raise InputError(f"--data {config.data}: a prompt is empty, and this tokenizer puts nothing before it")
-    longest = max(len(row["prompt_ids"]) for row in rows)
-    for name, model in (("student", student), ("teacher", teacher)):
-        if model is not None and vocab > model.head.shape[0]:
-            raise InputError(f"--{name}: its tokenizer has {vocab} ids, its head {model.head.shape[0]} rows")
-        flag_name = "prefix_len" if config.window == "prefix" else "max_new_tokens"
-        cap = getattr(config, flag_name)
-        if model is not None and longest + cap > model.config.max_position_embeddings:
+    flag_name = "prefix_len" if config.window == "prefix" else "max_new_tokens"
+    cap, longest = getattr(config, flag_name), max(len(row["prompt_ids"]) for row in rows)
+    for model in models:
+        if longest + cap > model.config.max_position_embeddings:
             raise InputError(
                 f"--{flag_name} {cap} and the longest prompt of --data, {longest} tokens, exceed the "
                 f"{model.config.max_position_embeddings} positions of the model: lower the one or shorten the other"
             )
-    rate = matmul_rate(device, dtype)
+    return rows, test, longest + cap
 
-    print(
-        f"student {student_folder.name}: {sum(p.numel() for p in student.parameters()):,} parameters, float32", end=""
+
+def train(config: Config) -> None:
+    check_flags(config)
+    if config.plan:
+        return plan(config)
+    device = choose_device(config.device)
+    free, process = config.memory * 2**30 or free_memory(device), process_memory(device, config.student)
+    config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    resume_from = find_run(config)
+    dtype = getattr(torch, config.dtype)
+    half = dtype != torch.float32
+
+    student, teacher, tokenizer, theirs, vocab, stop_ids = load_pair(config, device, dtype, resume_from)
+    rows, test, longest = load_prompts(config, tokenizer, [m for m in (student, teacher) if m is not None])
+    sampler = copy.deepcopy(student).to(dtype).requires_grad_(False) if half else student  # refreshed after every step
+    scorer = teacher if config.loss != "cross_entropy" else None  # cross-entropy looks at tokens only
+    autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=half)
+    forwards = None
+    if config.compile:
+        forwards = tuple(torch.compile(m, dynamic=True) if m is not None else None for m in (student, scorer))
+    configs = student.config, teacher.config if teacher is not None else None
+    chosen, config.micro_batch = config.micro_batch, config.micro_batch or choose_micro_batch(
+        config, *configs, longest, free
     )
-    print(
-        f"; teacher {teacher_folder.name}: {sum(p.numel() for p in teacher.parameters()):,}, {config.dtype}"
-        if teacher
-        else ""
+    matrices = [p for p in student.parameters() if p.dim() > 1]
+    vectors = [p for p in student.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True,
     )
-    print(f"vocabulary {vocab:,} of {student.head.shape[0]:,} rows; stop tokens "
-          + ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in stop_ids)
-          + (" (one class)" if config.stop_class and len(stop_ids) > 1 else ""))
+    first_step, totals = 0, {"tokens_sampled": 0, "tokens_scored": 0, "tokens_trained": 0, "flop": 0.0, "seconds": 0.0}
+    growth = {"prefix_len": config.prefix_start, "smooth": None, "lowest": None, "waited": 0}  # see adapted_prefix
+    if resume_from is not None:
+        first_step, totals, growth = load_checkpoint(resume_from, student, optimizer)
+    cache = ResponseCache(config, stop_ids) if config.teacher_cache else None
+
+    rate = matmul_rate(device, dtype)
     print(f"{len(rows):,} prompts, {len(test):,} held-out; {device}, torch.mm at {rate / 1e9:,.0f} GFLOP/s")
+    peaks = [sum(parts.values()) for parts in predicted_memory(config, *configs, longest, config.micro_batch,
+                                                              process)]  # fmt: skip
+    print(f"memory: up to {peaks[0] / 1e9:.2f} GB while sampling, {peaks[1] / 1e9:.2f} while learning from "
+          f"{config.micro_batch} rows at once, if all responses are as long as may be; {free / 1e9:.2f} "
+          + ("allowed" if config.memory else "free"))  # fmt: skip
+    if max(peaks) > free:
+        print("WARNING: that is more than there is. --help says what to lower, --plan which part is the large one")
     if teacher is not None and resume_from is None:
         lines, warnings = preflight(
-            student, teacher, tokenizer, teacher_tokenizer, [row["prompt"] for row in batch_of(rows, 0, config)[:16]],
+            student, teacher, tokenizer, theirs, [row["prompt"] for row in batch_of(rows, 0, config)[:16]],
             stop_ids=stop_ids, vocab=vocab, stop_class=config.stop_class, max_new_tokens=min(config.prefix_len, 256),
             seed=config.seed,
         )
@@ -418,35 +486,36 @@ def train(config: Config) -> None:
 
     open_run(config, None if resume_from is None else first_step)
     log_path = Path(config.out_dir) / "log.jsonl"
+    wandb = None
+    if config.wandb_project:
+        try:
+            import wandb
+        except ImportError:
+            raise InputError("--wandb_project: pip install wandb first") from None
+        wandb.init(project=config.wandb_project, name=Path(config.out_dir).name, config=asdict(config))
 
     def log(record: dict) -> None:
         with open(log_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        if wandb is not None:
+            prefix = "/".join(record[k] for k in ("eval", "manner") if k in record)
+            wandb.log({f"{prefix}/{k}" if prefix else k: v for k, v in record.items() if not isinstance(v, str)})
 
     def judge(model: Transformer, name: str, step: int) -> str:
         """Evaluate on held-out data, log it, and say it in a line. Has generators of its own."""
         said = []
-        for manner, temperature in (("greedy", 0.0), ("sampled", config.temperature)) if config.eval_problems else ():
-            if name == "teacher" and manner == "sampled":
-                continue
-            found, _ = evaluate(
-                model,
-                tokenizer,
-                test[: config.eval_problems],
-                max_new_tokens=config.max_new_tokens,
-                temperature=temperature,
-                batch_size=config.batch_size,
-                vocab=vocab,
-                stop_ids=stop_ids,
-                progress=True,
-            )
+        common = {"max_new_tokens": config.max_new_tokens, "vocab": vocab, "stop_ids": stop_ids,
+                  "batch_size": config.batch_size}  # fmt: skip
+        manners = (("greedy", 0.0), ("sampled", config.temperature))[: 2 if name == "student" else 1]
+        for manner, temperature in manners if config.eval_problems else ():
+            found, _ = evaluate(model, tokenizer, test[: config.eval_problems], temperature=temperature, progress=True,
+                                **common)  # fmt: skip
             log({"step": step, "eval": name, "manner": manner, **found})
             said.append(f"{manner} accuracy {found['accuracy']:.3f}")
         if config.eval_kl and teacher is not None and name == "student":
             found = measure_kl(
                 model, teacher, [tokenizer.encode_prompt(row["prompt"]) for row in test[: config.eval_kl]],
-                max_new_tokens=config.max_new_tokens, temperature=config.temperature, vocab=vocab, stop_ids=stop_ids,
-                stop_class=config.stop_class, micro_batch=config.micro_batch, batch_size=config.batch_size,
+                temperature=config.temperature, stop_class=config.stop_class, micro_batch=config.micro_batch, **common,
             )
             log({"step": step, "eval": "student", "manner": "kl", **found})
             said.append(f"held-out KL {found['kl']:.4f} nats a token")
@@ -457,6 +526,12 @@ def train(config: Config) -> None:
             print(f"teacher: {judge(teacher, 'teacher', 0)}")
         print(f"student before the first step: {judge(sampler, 'student', 0)}")
 
+    def save(step: int) -> Path:
+        config.micro_batch, kept = chosen, config.micro_batch
+        saved = save_checkpoint(config, student, tokenizer, stop_ids, optimizer, step, totals, growth)
+        config.micro_batch = kept
+        return saved
+
     interrupted = []
     signal.signal(
         signal.SIGINT, lambda *_: interrupted.append(1) if not interrupted else signal.default_int_handler(*_)
@@ -465,31 +540,28 @@ def train(config: Config) -> None:
     for step in bar:
         clock = {"sample": 0.0, "teacher": 0.0, "student": 0.0}
         begin = tick(device)
-        batch = batch_of(rows, step, config)
         prefix_len = growth["prefix_len"] if config.schedule == "adaptive" else planned_prefix(step, config)
-        cap = prefix_len if config.window == "prefix" else config.max_new_tokens
         generator = torch.Generator().manual_seed(config.seed + 104729 * (step + 1))
-
-        # 1. sample: whoever writes the responses, at most prefix_len tokens each
-        if config.rollout == "data":
-            rollout, writer = data_rollout(batch, tokenizer.eos_id, cap), None
-        else:
-            writer = sampler if config.rollout == "student" else teacher
-            rollout = generate(
-                writer, [row["prompt_ids"] for row in batch], cap, stop_ids, config.temperature, generator=generator,
-                vocab=vocab,
-            )
-        if config.window != "prefix":
-            supervise_window(rollout, prefix_len, config.window, generator)
+        rollout, wrote = respond(batch_of(rows, step, config), prefix_len, config, sampler, teacher, tokenizer,
+                                 stop_ids, vocab, generator, cache)  # fmt: skip
         clock["sample"] = tick(device) - begin
+        n = rollout.num_supervised()
+        if not n:
+            raise InputError(f"step {step + 1}: nothing to learn from, since every response ended within the "
+                             f"--teacher_prefix of {config.teacher_prefix} tokens")  # fmt: skip
 
-        # 2. score and 3. learn
-        stats = train_on(rollout, student, scorer, config, vocab, stop_ids, autocast, clock)
-        start = tick(device)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf))
-        loss = stats["loss"].double().mean().item()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise RuntimeError(f"step {step}: loss {loss}, gradient norm {grad_norm}; the last checkpoint stands")
+        try:
+            stats = train_on(rollout, student, scorer, config, vocab, stop_ids, autocast, clock, forwards)
+            start = tick(device)
+            grad_norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf))
+            if not math.isfinite(grad_norm):
+                broken = [k for k, p in student.named_parameters() if not torch.isfinite(p.grad).all()]
+                raise FloatingPointError("the loss is finite, but not the gradient "
+                                         + (f"of {broken[0]}, {len(broken)} in all" if broken else "norm"))  # fmt: skip
+        except FloatingPointError as error:  # the weights are still those of the step before
+            left = f"the state before this step is in {save(step)}" if step else "no step had been made"
+            raise InputError(f"step {step + 1}, {error}; {left}. A lower --lr or --grad_clip may help from there, or "
+                             "--dtype float32") from None  # fmt: skip
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         optimizer.step()
@@ -502,28 +574,27 @@ def train(config: Config) -> None:
         seconds = tick(device) - begin
 
         # The books.
-        n, flop = rollout.num_supervised(), flop_books(rollout, writer, student, scorer)
-        totals["tokens_sampled"] += int(rollout.lens.sum()) if writer is not None else 0
+        flop = {"flop_sample": wrote["flop_sample"], **flop_books(
+            rollout, student.config, scorer.config if scorer is not None else None, config.iw_gamma > 0
+        )}  # fmt: skip
+        totals["tokens_sampled"] += wrote["sampled"]
         totals["tokens_scored"] += n if scorer is not None else 0
         totals["tokens_trained"] += n
         totals["flop"] += sum(flop.values())
         totals["seconds"] += seconds
         mean = {k: v.double().mean().item() for k, v in stats.items() if k != "position"}
+        finish = rollout.finished.double().mean().item()
         log({
             "step": step + 1, "prefix_len": prefix_len, **mean,
             "kl_by_position": by_position(stats["kl"], stats["position"]) if "kl" in stats else {},
-            "finish": rollout.finished.double().mean().item(), "capped": 1 - rollout.finished.double().mean().item(),
-            "response_len": rollout.lens.double().mean().item(), "tokens": n, **flop,
-            **{f"seconds_{k}": v for k, v in clock.items()}, "tokens_per_s": n / seconds,
+            "finish": finish, "capped": 1 - finish, "response_len": rollout.lens.double().mean().item(), "tokens": n,
+            **flop, **{f"seconds_{k}": v for k, v in clock.items()}, "tokens_per_s": n / seconds,
             "flop_per_s": sum(flop.values()) / seconds, "matmul_share": sum(flop.values()) / seconds / rate,
             "peak_memory": peak_memory(device), "lr": learning_rate(step, config), "grad_norm": grad_norm,
             "update_norm": update_norm(optimizer), **{f"total_{k}": v for k, v in totals.items()},
         })
-        bar.set_postfix_str(
-            f"loss {loss:.4f}, KL/token {mean.get('kl', math.nan):.4f}, prefix_len {prefix_len}, "
-            f"{n / seconds:,.0f} tok/s"
-        )
-
+        bar.set_postfix_str(f"loss {mean['loss']:.4f}, KL/token {mean.get('kl', math.nan):.4f}, prefix_len "
+                            f"{prefix_len}, {n / seconds:,.0f} tok/s")  # fmt: skip
         if config.schedule == "adaptive":
             reached = (rollout.lens >= prefix_len).double().mean().item()
             growth = adapted_prefix(growth, stats["kl"], stats["position"], reached, config)
@@ -532,7 +603,7 @@ def train(config: Config) -> None:
         if test and config.eval_every and (step + 1) % config.eval_every == 0 and not last:
             bar.write(f"step {step + 1}: {judge(sampler, 'student', step + 1)}")
         if last or (config.save_every and (step + 1) % config.save_every == 0):
-            saved = save_checkpoint(config, student, tokenizer, stop_ids, optimizer, step + 1, totals, growth)
+            saved = save(step + 1)
         if last:
             break
     bar.close()
@@ -542,6 +613,8 @@ def train(config: Config) -> None:
         saved = resume_from
     if test and not interrupted and not any("eval" in r and r["step"] >= config.steps for r in read_log(log_path)):
         judge(sampler, "student", config.steps)
+    if wandb is not None:
+        wandb.finish()
     summarize(log_path, saved, bool(interrupted))
 
 

@@ -63,9 +63,10 @@ def read_json(path: str | Path) -> dict:
     return found
 
 
-def flag(default, help: str):
-    """A field of a configuration dataclass, with its default and the sentence that --help shows."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def flag(default, help: str, group: str = ""):
+    """A field of a configuration dataclass, with its default and the sentence that --help shows. `group` opens a group
+    of flags, to which all those after it belong."""
+    return dataclasses.field(default=default, metadata={"help": help, "group": group})
 
 
 def parse_flags(cls, doc: str, argv: list[str] | None = None):
@@ -83,16 +84,17 @@ def parse_flags(cls, doc: str, argv: list[str] | None = None):
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, exit_on_error=False,
         usage=f"{Path(sys.argv[0]).name} [--flag value ...]",
     )
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields, into = {f.name: f for f in dataclasses.fields(cls)}, parser
     for name, f in fields.items():
+        into = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else into
         kind = type(f.default)
         help = f"{f.metadata['help']} ({f.default!r})"
         if kind is bool:
-            parser.add_argument(
+            into.add_argument(
                 f"--{name}", type=boolean, nargs="?", const=True, default=f.default, help=help, metavar="bool"
             )
         else:
-            parser.add_argument(f"--{name}", type=kind, default=f.default, help=help, metavar=kind.__name__)
+            into.add_argument(f"--{name}", type=kind, default=f.default, help=help, metavar=kind.__name__)
     try:
         args, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from data import InputError, read_json
 
-# Between a run and its resumption. The last two change the last bits of the arithmetic at most.
-MAY_CHANGE = {"steps", "eval_every", "save_every", "keep", "resume", "overwrite", "out_dir", "device", "micro_batch"}
+# Between a run and its resumption. Those of the second line change the last bits of the arithmetic at most.
+MAY_CHANGE = {"steps", "eval_every", "save_every", "keep", "resume", "overwrite", "out_dir", "wandb_project", "plan",
+              "plan_lens", "device", "micro_batch", "memory", "recompute", "compile"}  # fmt: skip
 
 
 def find_run(config) -> Path | None:
@@ -74,10 +75,7 @@ def open_run(config, resume_step: int | None) -> None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
     elif log.is_file():  # what was logged after the checkpoint will be logged again, and a torn last line goes
-        kept = [r for r in read_log(log) if r["step"] <= resume_step]
-        temporary = log.with_suffix(".incomplete")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        os.replace(temporary, log)
+        rewrite_log(log, [r for r in read_log(log) if r["step"] <= resume_step])
 
 
 def read_log(log: Path) -> list[dict]:
@@ -89,6 +87,12 @@ def read_log(log: Path) -> list[dict]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def rewrite_log(log: Path, records: list[dict]) -> None:
+    temporary = log.with_name(log.name + ".incomplete")
+    temporary.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    os.replace(temporary, log)
 
 
 def save_checkpoint(
@@ -169,3 +173,33 @@ def summarize(log_path: Path, saved: Path, cut: bool) -> None:
     print(f"  {final['total_tokens_trained']:,} tokens trained on, {final['total_flop'] / 1e12:.3g} TFLOP, "
           f"{final['total_flop'] / final['total_seconds'] / 1e9:.1f} GFLOP/s")
     print(f"  checkpoint {saved}\n  talk to it: python sample.py --model {saved}\n  log {log_path}")
+
+
+class ResponseCache:
+    """The teacher's responses in a JSON-lines file: first a record of what they depend on, then one a prompt.
+
+    A line is written when a response is; one torn by a kill is dropped. Raises InputError when the file holds responses
+    of another teacher or of other settings.
+    """
+
+    def __init__(self, config, stop_ids: tuple[int, ...]):
+        self.path, self.responses = Path(config.teacher_cache), {}
+        names = ("teacher", "data", "temperature", "chat", "system", "thinking", "seed")
+        made = {name: getattr(config, name) for name in names}
+        made["cap"] = config.prefix_len if config.window == "prefix" else config.max_new_tokens
+        made["stop_ids"] = list(stop_ids)
+        records = read_log(self.path) if self.path.is_file() else []
+        for name, value in made.items():
+            if records and records[0].get(name) != value:
+                raise InputError(f"--teacher_cache {self.path} was made with {name} {records[0].get(name)!r}, this run "
+                                 f"has {value!r}: name another file, or delete it")  # fmt: skip
+        try:
+            self.responses = {r["prompt"]: r["response"] for r in records[1:]}
+            rewrite_log(self.path, records or [made])
+        except (KeyError, TypeError, OSError) as error:
+            raise InputError(f"--teacher_cache {self.path}: cannot be used ({error!r})") from None
+
+    def add(self, prompt: str, response: list[int]) -> None:
+        self.responses[prompt] = response
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"prompt": prompt, "response": response}) + "\n")

@@ -4,11 +4,14 @@
     python tests/bench.py loss     # speed and memory of the fused reverse KL, against dense autograd and TRL
                                    # (pip install trl, if you want that column)
     python tests/bench.py sample   # tokens per second of generate, against transformers' with either cache
+    python tests/bench.py step     # a whole step of training, against TRL's DistillationTrainer (pip install trl)
 """
 
+import contextlib
 import gc
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,9 +25,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import train
+from data.books import choose_micro_batch, flop_books
 from data.tokenizer import Tokenizer
 from loss import distill_loss
-from model import Transformer
+from model import Transformer, free_memory
 from sample import generate
 from tests.reference import live
 
@@ -258,9 +263,93 @@ def bench_sample(only: str = "") -> None:
                   f"{best['ours'] / peer:.2f}x", flush=True)
 
 
+def bench_step(batch: str = "16", cap: str = "128", steps: str = "2") -> None:
+    batch, cap, steps = int(batch), int(cap), int(steps)
+    shape = {"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+             "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 8192}  # fmt: skip
+    chains, rate = Path(__file__).resolve().parent.parent / "data/chains", mm_rate()
+    texts = [json.loads(line)["prompt"] for line in (chains / "test.jsonl").read_text().splitlines()[: batch * steps]]
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, torch.mm at {rate / 1e9:.0f} "
+          f"GFLOP/s; student 24 and teacher 30 layers of the SmolLM2 shape, batch {batch}, cap {cap}")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, layers in (("student", 24), ("teacher", 30)):
+            live(LlamaConfig(**shape, num_hidden_layers=layers), seed=0).save_pretrained(Path(folder) / name)
+            for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+                shutil.copy(chains / "teacher" / file, Path(folder) / name)
+        best = {"ours": our_step(folder, texts, batch, cap, steps, rate)}
+        try:
+            best["trl"] = their_step(folder, texts, batch, cap, steps)
+        except ImportError:
+            print("no TRL here: pip install trl")
+    for name, (taken, tokens) in best.items():
+        print(f"{name}: {taken:.1f} s a step, {tokens / taken:,.0f} response tokens/s"
+              + (f" ({tokens / taken / (best['ours'][1] / best['ours'][0]):.2f}x ours)" if name != "ours" else ""))
+
+
+def our_step(folder, texts, batch, cap, steps, rate) -> tuple[float, int]:
+    """The loop of train.py without its logging: (seconds of the fastest step, response tokens of a step)."""
+    config = train.Config(prefix_len=cap, batch_size=batch, dtype="float32")
+    tokenizer = Tokenizer(Path(folder) / "student")
+    student, teacher = (Transformer.from_pretrained(Path(folder) / name) for name in ("student", "teacher"))
+    teacher.requires_grad_(False)
+    rows = [{"prompt": t, "prompt_ids": tokenizer.encode_prompt(t)} for t in texts]
+    longest = max(len(r["prompt_ids"]) for r in rows) + cap
+    free = free_memory(student.head.device)
+    config.micro_batch = choose_micro_batch(config, student.config, teacher.config, longest, free)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
+    taken = []
+    for step in range(steps):
+        clock, start = {"sample": 0.0, "teacher": 0.0, "student": 0.0}, time.perf_counter()
+        rollout, wrote = train.respond(rows[step * batch :][:batch], cap, config, student, teacher, tokenizer, (2,),
+                                       49_152, torch.Generator().manual_seed(step))  # fmt: skip
+        clock["sample"] = time.perf_counter() - start
+        train.train_on(rollout, student, teacher, config, 49_152, (2,), contextlib.nullcontext, clock)
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        taken.append(time.perf_counter() - start)
+        flop = {"sample": wrote["flop_sample"]} | {
+            k.removeprefix("flop_"): v for k, v in flop_books(rollout, student.config, teacher.config).items()}
+        share = sum(flop.values()) / taken[-1] / rate
+        print(f"ours, step {step}: {taken[-1]:.1f} s, useful FLOP at {share:.0%} of torch.mm: " + ", ".join(
+            f"{k} {clock[k]:.1f} s at {flop[k] / clock[k] / rate:.0%}" for k in clock), flush=True)
+    return min(taken), int(rollout.lens.sum())
+
+
+def their_step(folder, texts, batch, cap, steps) -> tuple[float, int]:
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import DistillationConfig, DistillationTrainer
+
+    class Clock(TrainerCallback):
+        taken: list[float] = []  # noqa: RUF012
+
+        def on_step_begin(self, *_, **__):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            self.taken.append(time.perf_counter() - self.start)
+            print(f"trl, step {len(self.taken) - 1}: {self.taken[-1]:.1f} s", flush=True)
+
+    models = [AutoModelForCausalLM.from_pretrained(Path(folder) / name) for name in ("student", "teacher")]
+    tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "student", padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    options = DistillationConfig(
+        output_dir=str(Path(folder) / "trl"), per_device_train_batch_size=batch, max_completion_length=cap,
+        max_steps=steps, learning_rate=1e-6, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+        save_strategy="no", disable_tqdm=True, logging_steps=1000,
+    )
+    DistillationTrainer(
+        model=models[0], teacher_model=models[1], args=options, train_dataset=Dataset.from_dict({"prompt": texts}),
+        processing_class=tokenizer, callbacks=[Clock()],
+    ).train()
+    return min(Clock.taken), batch * cap
+
+
 if __name__ == "__main__":
-    benches = {"load": bench_load, "loss": bench_loss, "loss_memory": loss_memory, "sample": bench_sample}
+    benches = {"load": bench_load, "loss": bench_loss, "loss_memory": loss_memory, "sample": bench_sample,
+               "step": bench_step}
     if len(sys.argv) < 2 or sys.argv[1] not in benches:
-        sys.exit("usage: python tests/bench.py load|loss|sample")
+        sys.exit("usage: python tests/bench.py load|loss|sample|step")
     torch.manual_seed(0)
     benches[sys.argv[1]](*sys.argv[2:])

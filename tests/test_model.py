@@ -7,8 +7,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from data import HERE, InputError
+from data.books import activation_bytes, count_flops
 from data.prune import prune
-from model import KVCache, Transformer, count_flops
+from model import KVCache, Transformer
 from tests.reference import live
 
 SMALL = {
@@ -229,6 +230,42 @@ def test_flop_count_equals_torch(family):
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(tokens)[:, -3:].reshape(6, 48) @ model.head.T
     assert counter.get_total_flops() == count_flops(model.config, 60, 2 * 30 * 30, 6)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        (model(tokens)[:, -3:].reshape(6, 48) @ model.head.T).sum().backward()
+    assert counter.get_total_flops() == pytest.approx(3 * count_flops(model.config, 60, 2 * 30 * 30, 6), rel=0.01)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_kept_for_backward_are_predicted(family):
+    """Every tensor that autograd saves in a forward pass, parameters aside, against the count from the config."""
+    model, kept, batch, length = live(FAMILIES[family], seed=9), {}, 3, 64
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    alive = []  # or memory would be used again, and counted once
+
+    def pack(x):
+        alive.append(x)
+        if x.untyped_storage().data_ptr() not in parameters:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model(torch.randint(0, 97, (batch, length)))
+    assert activation_bytes(model.config, batch * length, half=False) == pytest.approx(sum(kept.values()), rel=0.06)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama-biases"])
+def test_recomputed_blocks_give_the_same_gradient_from_less_memory(family):
+    grads, saved = [], []
+    tokens = torch.randint(0, 97, (2, 20), generator=torch.Generator().manual_seed(0))
+    for recompute in (False, True):
+        model, sizes = live(FAMILIES[family], seed=9), []
+        model.recompute = recompute
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):  # noqa: B023
+            hidden = model(tokens)
+        hidden.square().sum().backward()
+        saved.append(sum(sizes))
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*grads)) and saved[1] < saved[0] / 3
 
 
 def test_embedded_pair_loads_in_transformers():

@@ -1,9 +1,13 @@
 import contextlib
 import json
 import math
+import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import data.run as run_folder
 import train
-from data import HERE, load_jsonl
+from data import HERE, InputError, load_jsonl
+from data.books import count_flops, flop_books
 from data.tokenizer import Tokenizer
 from eval import by_position
 from model import Transformer
@@ -48,8 +54,8 @@ def gradient(step, **flags):
     student, teacher, rollout, tokenizer = step
     student.zero_grad(set_to_none=True)
     stats = train.train_on(
-        rollout, student, teacher, train.Config(dtype="float32", **flags), tokenizer.vocab_size, tokenizer.stop_ids,
-        contextlib.nullcontext, {"teacher": 0.0, "student": 0.0},
+        rollout, student, teacher, train.Config(dtype="float32", **{"micro_batch": 16, **flags}),
+        tokenizer.vocab_size, tokenizer.stop_ids, contextlib.nullcontext, {"teacher": 0.0, "student": 0.0},
     )
     return {name: p.grad.clone() for name, p in student.named_parameters()}, stats
 
@@ -209,8 +215,8 @@ def test_what_follows_the_window_costs_nothing(step):
     windowed = replace(rollout)
     train.supervise_window(windowed, 7, "first", torch.Generator())
     assert max(tokens.shape[1] for tokens, _, _ in windowed.micro_batches(4)) == int(rollout.prompt_lens.max()) + 7
-    whole, part = (train.flop_books(r, student, student, teacher) for r in (rollout, windowed))
-    assert part["flop_sample"] == whole["flop_sample"] and part["flop_student"] < whole["flop_student"]
+    whole, part = (flop_books(r, student.config, teacher.config) for r in (rollout, windowed))
+    assert part["flop_student"] < whole["flop_student"]
 
 
 @pytest.mark.parametrize("flags", [
@@ -231,11 +237,86 @@ def test_growing_and_windowed_runs_resume_where_they_were(flags, tmp_path):
         assert all(r["tokens"] <= 6 * 20 < r["response_len"] * 6 for r in records(whole))
 
 
-def test_no_stop_is_invented_at_the_cut():
+def respond(step, rows: list[dict], prefix_len: int, cache=None, **flags):
+    student, teacher, _, tokenizer = step
+    config = train.Config(prefix_len=prefix_len, dtype="float32", **flags)
+    return train.respond(rows, prefix_len, config, student, teacher, tokenizer, tokenizer.stop_ids,
+                         tokenizer.vocab_size, torch.Generator().manual_seed(5), cache)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def problems(step):
+    rows = load_jsonl(HERE / "chains/train.jsonl")[:6]
+    for row in rows:
+        row["prompt_ids"] = step[3].encode_prompt(row["prompt"])
+    return rows
+
+
+def test_no_stop_is_invented_at_the_cut(step):
     rows = [{"prompt_ids": [5, 6], "solution_ids": [7, 8, 9]}, {"prompt_ids": [5], "solution_ids": [7]}]
-    rollout = train.data_rollout(rows, eos_id=2, prefix_len=3)
+    rollout, wrote = respond(step, rows, 3, rollout="data")
     assert rollout.response(0) == [7, 8, 9] and rollout.response(1) == [7, 2]
     assert rollout.finished.tolist() == [False, True]
+    assert rollout.spans().tolist() == [[0, 3], [0, 2]]
+    assert wrote == {"sampled": 0, "flop_sample": 0.0}
+
+
+def test_mix_takes_a_share_of_the_rows_from_the_teacher(step, problems):
+    rollout, wrote = respond(step, problems, 30, mix=0.5)
+    student, teacher, _, tokenizer = step
+    prompts = [row["prompt_ids"] for row in problems]
+    g = torch.Generator().manual_seed(5)
+    theirs = generate(teacher, prompts[:3], 30, tokenizer.stop_ids, generator=g, vocab=tokenizer.vocab_size)
+    ours = generate(student, prompts, 30, tokenizer.stop_ids, generator=g, vocab=tokenizer.vocab_size)
+    assert [rollout.response(i) for i in range(6)] == [(theirs if i < 3 else ours).response(i) for i in range(6)]
+    assert rollout.spans().tolist() == [[0, n] for n in rollout.lens]  # the teacher's words are learned from too
+    assert wrote["sampled"] == int(rollout.lens.sum())
+    alone, _ = respond(step, problems, 30, rollout="teacher")
+    assert [alone.response(i) for i in range(3)] == [theirs.response(i) for i in range(3)]
+
+
+def test_a_teacher_prefix_starts_the_response_and_is_not_supervised(step, problems):
+    rollout, wrote = respond(step, problems, 30, teacher_prefix=7)
+    _, teacher, _, tokenizer = step
+    prompts = [row["prompt_ids"] for row in problems]
+    g = torch.Generator().manual_seed(5)
+    theirs = generate(teacher, prompts, 7, tokenizer.stop_ids, generator=g, vocab=tokenizer.vocab_size)
+    assert all(rollout.response(i)[:7] == theirs.response(i) for i in range(6))
+    assert rollout.spans().tolist() == [[7, n] for n in rollout.lens] and int(rollout.lens.max()) == 30
+    assert wrote["sampled"] == int(rollout.lens.sum())  # by both
+
+
+def test_the_teachers_responses_come_from_the_cache(step, problems, tmp_path):
+    config = train.Config(teacher_cache=str(tmp_path / "cache.jsonl"), prefix_len=40)
+    first, wrote = respond(step, problems[:4], 40, run_folder.ResponseCache(config, (2,)), rollout="teacher")
+    assert wrote["sampled"] == int(first.lens.sum()) > 0
+    with open(config.teacher_cache, "a") as file:
+        file.write('{"prompt": "torn')
+    cache = run_folder.ResponseCache(config, (2,))
+    again, wrote = respond(step, problems[:4], 40, cache, rollout="teacher")
+    assert torch.equal(first.tokens, again.tokens) and wrote == {"sampled": 0, "flop_sample": 0.0}
+    shorter, _ = respond(step, problems[:4], 9, cache, rollout="teacher")  # an earlier step of a growing prefix
+    assert [shorter.response(i) for i in range(4)] == [first.response(i)[:9] for i in range(4)]
+    respond(step, problems, 40, cache, rollout="teacher")
+    assert len(Path(config.teacher_cache).read_text().splitlines()) == 7  # the header, four rows, two more
+    with pytest.raises(InputError, match="was made with temperature 1.0, this run has 0.7"):
+        run_folder.ResponseCache(replace(config, temperature=0.7), (2,))
+
+
+def test_iw_weights_are_the_definition(step):
+    rollout = step[2]
+    plain, stats = gradient(step, micro_batch=10)
+    weighted, weighted_stats = gradient(step, micro_batch=3, iw_gamma=0.5)
+    ratio = (stats["student_logprob"] - stats["teacher_logprob"]).abs()
+    order = (rollout.prompt_lens + rollout.lens).argsort(descending=True, stable=True)  # as micro_batches goes
+    weights = []
+    for d in ratio.split(rollout.lens[order].tolist()):
+        weights += [1 + 0.5 * (1 - float(d[:t].sum() / d.sum())) for t in range(len(d))]
+    weights = torch.tensor(weights, dtype=torch.float64)
+    assert weights.min() >= 1 and weights.max() == 1.5
+    assert torch.allclose(weighted_stats["loss"], stats["kl"] * weights, rtol=1e-9, atol=1e-12)
+    # The gradient is weighted too: with all the weight on one token's row it would be that row's.
+    assert not torch.allclose(weighted["model.norm.weight"], plain["model.norm.weight"], rtol=0.01)
 
 
 def test_every_epoch_sees_every_row_once():
@@ -248,7 +329,7 @@ def test_every_epoch_sees_every_row_once():
 
 def test_flop_books_follow_the_tokens(step):
     student, teacher, rollout, _ = step
-    books = train.flop_books(rollout, student, student, teacher)
+    books = flop_books(rollout, student.config, teacher.config)
     alone = Rollout(
         rollout.tokens[:1], rollout.prompt_lens[:1], rollout.lens[:1], rollout.finished[:1], rollout.logprobs, 0
     )
@@ -257,13 +338,13 @@ def test_flop_books_follow_the_tokens(step):
 
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         teacher(rollout.tokens[:1, : p + n - 1])[:, -n:] @ teacher.head.T
-    one = train.flop_books(alone, student, student, teacher)["flop_teacher"]
+    one = flop_books(alone, student.config, teacher.config)["flop_teacher"]
     t, c = p + n - 1, teacher.config  # torch counts all T x T pairs, the books the T(T+1)/2 attended ones
     assert (
         one
         == counter.get_total_flops() - 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * t * (t - 1) / 2
     )
-    assert books["flop_student"] > books["flop_sample"] > 0
+    assert books["flop_student"] > books["flop_teacher"] > 0
 
 
 # --- the commands, as a user runs them
@@ -326,7 +407,100 @@ def test_a_resumed_run_equals_one_left_alone(finished_run, tmp_path):
     a, b = (load_file(o / "step_000003/model.safetensors") for o in (out, finished_run[0]))
     assert all(torch.equal(a[name], b[name]) for name in a)
     changed = run("train.py", *TINY, "--out_dir", out, "--resume", "--lr", "1e-3")
-    assert changed.returncode == 2 and "--lr is 0.001 now and was 0.0005" in changed.stderr
+    assert changed.returncode == 2 and "--lr is 0.001 and was 0.0005. Only these may change: --" in changed.stderr
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_end(tmp_path):
+    """Twice with SIGKILL, once of these inside a save; once with Ctrl-C; against a run left alone."""
+    flags = ["train.py", *TINY, "--eval_problems", "0", "--eval_kl", "0", "--steps", "9", "--save_every", "1",
+             "--schedule", "adaptive", "--prefix_start", "4"]
+    left_alone, out = tmp_path / "alone", tmp_path / "killed"
+    assert run(*flags, "--out_dir", left_alone).returncode == 0
+    delay = random.Random(7)
+
+    def interrupt(number, moment, *more) -> int:
+        command = [sys.executable, *map(str, (*flags, "--out_dir", out, *more))]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            begin = time.monotonic()
+            while not moment() and process.poll() is None and time.monotonic() < begin + 120:
+                time.sleep(0.0005)
+            assert process.poll() is None, "it ended before it could be killed"
+            process.send_signal(number)
+            output = process.communicate()[0].decode()
+            assert number != signal.SIGINT or "interrupted; go on with --resume" in output
+            return process.returncode
+
+    def step_of(least):
+        return lambda: out.is_dir() and len(run_folder.checkpoints(out)) > 0 and (
+            run_folder.checkpoints(out)[-1].name >= f"step_{least:06d}" and not time.sleep(delay.uniform(0, 0.1)))
+
+    assert interrupt(signal.SIGKILL, step_of(2)) != 0
+    in_a_save = lambda: any(f.name > ".step_000003" for f in out.glob(".step_*.incomplete"))
+    assert interrupt(signal.SIGKILL, in_a_save, "--resume") != 0
+    assert interrupt(signal.SIGINT, step_of(6), "--resume") == 0
+    result = run(*flags, "--out_dir", out, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert comparable(out) == comparable(left_alone) and len(comparable(out)) == 9
+    assert len({r["prefix_len"] for r in comparable(out)}) > 1  # the adaptive schedule's state has come along
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        a, b = (load_file(o / "step_000009" / name) for o in (out, left_alone))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_what_is_not_finite_stops_the_run_with_a_diagnosis_and_a_state(step, tmp_path):
+    blind = ("--eval_problems", "0", "--eval_kl", "0")
+    result = run("train.py", *TINY, *blind, "--lr", "1e30", "--warmup", "0", "--out_dir", tmp_path / "out")
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert "step 2, the loss is finite, but not the gradient of model.embed_tokens.weight" in last
+    assert "the state before this step is in" in last
+    assert [f.name for f in run_folder.checkpoints(tmp_path / "out")] == ["step_000001"]
+    assert run_folder.read_json(tmp_path / "out/step_000001/state.json")["step"] == 1
+
+    student, teacher, _, tokenizer = step
+    for name, broken in (("student", student), ("teacher", teacher)):
+        weight = broken.model.norm.weight
+        with torch.no_grad():
+            kept = weight[3].item()
+            weight[3] = math.nan
+            found = generate(broken, [[5, 6]], 2, (2,), vocab=tokenizer.vocab_size)  # no crash, no invented id
+            assert 0 <= found.tokens.min() and found.tokens.max() < tokenizer.vocab_size
+        with pytest.raises(FloatingPointError, match="micro-batch 0: the loss is not finite at response positions .0, "
+                           f".*not finite either: the {name}'s hidden states$"):  # fmt: skip
+            gradient(step, micro_batch=4)
+        with torch.no_grad():
+            weight[3] = kept
+
+
+def test_predicted_memory_is_what_a_run_takes(tmp_path):
+    blind = ("--eval_problems", "0", "--eval_kl", "0")
+    result = run("train.py", *blind, "--steps", "2", "--batch_size", "64", "--micro_batch", "64", "--prefix_len", "24",
+                 "--out_dir", tmp_path / "out")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = re.search(r"memory: up to ([\d.]+) GB while sampling, ([\d.]+) while learning", result.stdout)
+    peak = records(tmp_path / "out")[-1]["peak_memory"] / 1e9
+    assert max(map(float, found.groups())) == pytest.approx(peak, rel=0.15)
+
+
+def test_plan_needs_nothing_but_two_configurations(tmp_path):
+    for name, folder in (("student", STUDENT), ("teacher", TEACHER)):
+        (tmp_path / name).mkdir()
+        shutil.copy(folder / "config.json", tmp_path / name)
+    pair = ("--student", tmp_path / "student", "--teacher", tmp_path / "teacher")
+    result = run("train.py", "--plan", *pair, "--prefix_len", "100", "--plan_lens", "40,3000", "--batch_size", "10")
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines() if line.endswith("x")]
+    table = {int(r[0].replace(",", "")): [float(x.strip("x").replace(",", "")) for x in r[1:]] for r in rows}
+    assert {100, 3000, 1500, 23} <= set(table) and table[3000][-1] == 1.0
+    student, teacher = (Transformer.from_pretrained(f).config for f in (STUDENT, TEACHER))
+    fed, heads = 139, 100  # tokens that a row feeds to each model, positions scored
+    one = [count_flops(c, fed, fed * 140 / 2, heads) for c in (student, teacher, student)]
+    expected = [10 * one[0] / 1e12, 10 * one[1] / 1e12, 30 * one[2] / 1e12]
+    assert table[100][:3] == pytest.approx(expected, rel=1e-3)
+    assert table[100][-1] == pytest.approx(table[3000][3] / table[100][3], abs=0.05)
+    assert "548" in result.stdout.replace("547,936", "548") and "KV cache" in result.stdout
+    wrong = run("train.py", "--plan", "--plan_lens", "many")
+    assert wrong.returncode == 2 and "--plan_lens many: expected two numbers" in wrong.stderr
 
 
 def test_a_kill_in_the_last_evaluation_loses_only_that(finished_run, tmp_path):
@@ -347,7 +521,7 @@ def test_checkpoints_are_told_by_number(tmp_path):
         (tmp_path / name).mkdir()
         if name != "step_000010":  # which lacks its state
             (tmp_path / name / "state.json").write_text("{}")
-    assert [f.name for f in train.checkpoints(tmp_path)] == ["step_000009", "step_999999", "step_1000000"]
+    assert [f.name for f in run_folder.checkpoints(tmp_path)] == ["step_000009", "step_999999", "step_1000000"]
 
 
 def test_a_torn_optimizer_state_is_named(finished_run, tmp_path):
@@ -411,6 +585,8 @@ def test_eval_prints_the_summary_and_keeps_every_response(tmp_path):
         ("--rollout", "student", "--loss", "jsd", "--beta", "0.3"),
         ("--rollout", "student", "--loss", "sampled_kl"),
         ("--init", "random", "--rollout", "data", "--loss", "cross_entropy"),
+        ("--mix", "0.5", "--iw_gamma", "0.5"),
+        ("--teacher_prefix", "5", "--recompute"),
         ("--dtype", "bfloat16", "--lr_schedule", "cosine", "--weight_decay", "0.1", "--temperature", "0.8"),
     ],
 )
@@ -462,6 +638,10 @@ def bad(tmp_path_factory):
     ("train.py --out_dir BAD/used", "already holds a run; continue it with --resume, discard it with --overwrite"),
     ("train.py --out_dir BAD/new --resume", "--resume: no complete checkpoint in --out_dir"),
     ("train.py --prefix_len 5000", "exceed the 2048 positions of the model"),
+    ("train.py --loss sampled_kl --mix 0.5", "use it with --rollout student and --mix 0"),
+    ("train.py --rollout data --teacher_prefix 3", "--mix and --teacher_prefix are for --rollout student"),
+    ("train.py --prefix_len 8 --teacher_prefix 8", "--teacher_prefix 8 must lie below the shortest prefix, 8"),
+    ("train.py --teacher_cache BAD/cache.jsonl", "--teacher_cache: in this run the teacher writes nothing"),
     ("train.py --device cuda:99", "--device cuda:99: cannot be used here"),
     ("sample.py --indx 3", "unknown flag --indx; did you mean --index?"),
     ("sample.py --index 5000", "--index 5000: the data has rows 0 to 999"),

@@ -1,0 +1,174 @@
+"""The books: what a run takes in FLOP, memory and time, counted from the configurations or measured here.
+
+`config` is train.py's Config throughout; student and teacher are configurations of models, not models.
+"""
+
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from data import InputError
+from loss import MEMORY_BUDGET, TILE
+from model import Transformer, checkpoint_folder, choose_device, free_memory, head_dim_of, load_config
+from sample import Rollout
+
+
+def count_flops(config, new_tokens: float, pairs: float, head_rows: float) -> float:
+    """Matmul FLOP of one forward pass: 2 per weight and token, attention, and the head where it is applied.
+
+    new_tokens: tokens that go through the layers. pairs: (query, key) pairs attended, summed over rows: T(T+1)/2 for a
+    causal row of T. head_rows: positions whose logits are computed. A backward pass costs twice its forward.
+    """
+    H, D, layers = config.hidden_size, head_dim_of(config), config.num_hidden_layers
+    q_size, kv_size = config.num_attention_heads * D, config.num_key_value_heads * D
+    weights = layers * (2 * H * q_size + 2 * H * kv_size + 3 * H * config.intermediate_size)
+    return 2 * weights * new_tokens + 4 * layers * q_size * pairs + 2 * H * config.vocab_size * head_rows
+
+
+def count_parameters(config) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(config).parameters())
+
+
+def activation_bytes(config, tokens: int, half: bool, recompute: bool = False) -> int:
+    """What autograd keeps of a forward pass over `tokens` tokens, padding included: counted tensor by tensor from
+    model.py, and held against the tensors saved on a CPU by a test. half: under bfloat16 autocast, where the norms'
+    inputs stay float32. recompute: only each block's input is kept, and one block's insides at a time."""
+    H, D, layers = config.hidden_size, head_dim_of(config), config.num_hidden_layers
+    q_size, kv_size = config.num_attention_heads * D, config.num_key_value_heads * D
+    norms = 4 * H + (2 * (q_size + kv_size) if config.model_type == "qwen3" else 0)  # inputs, and normalised inputs
+    products = 2 * H + 2 * (q_size + kv_size) + 4 * config.intermediate_size  # inputs of a linear or of attention
+    block = 4 * norms + (2 if half else 4) * products
+    return tokens * (layers * 4 * H + block if recompute else layers * block) + tokens * 4 * 2 * H
+
+
+def memory_parts(
+    student, teacher, *, batch: int, micro_batch: int, tokens: int, half: bool, recompute: bool = False,
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes that a training step takes, by part, at its two peaks: (while sampling, while learning).
+
+    student, teacher (or None): configurations. `batch` rows are sampled, `micro_batch` rows are learned from at once,
+    of up to `tokens` tokens each, prompt and response together. An estimate: within 15% on a CPU by a test, never yet
+    held against a GPU.
+    """
+    P, P_t = count_parameters(student), count_parameters(teacher) if teacher is not None else 0
+    size, V, H, I = 2 if half else 4, student.vocab_size, student.hidden_size, student.intermediate_size
+    always = {"student: float32 weights": 4 * P, "student: two AdamW moments": 8 * P}
+    if half:
+        always["student: bfloat16 copy that samples"] = 2 * P
+    if teacher is not None:
+        always["teacher"] = size * P_t
+    kv = 2 * student.num_hidden_layers * student.num_key_value_heads * head_dim_of(student)
+    sampling = {"KV cache": batch * tokens * kv * size,
+                "logits, and prompts being read": batch * V * (size + 12) + min(batch * tokens, 2**14) * size * 3 * I}
+    rows = micro_batch * tokens
+    logits = min(MEMORY_BUDGET, (rows * V * (1 if teacher is None else 2) + 32 * TILE) * 4)
+    learning = {"gradients": 4 * P, "gradient of the head, on its way": 4 * V * H * (2 if half else 1),
+                "logits of a chunk, and what is done to them": logits,
+                "activations kept for backward": activation_bytes(student, rows, half, recompute)
+                + (2 * P if half else 0), "activations passing through": rows * size * (4 * H + 3 * I)}  # fmt: skip
+    return always | sampling, always | learning
+
+
+def predicted_memory(config, student, teacher, longest: int, micro_batch: int, process: int = 0):
+    """(while sampling, while learning), bytes by part, if a prompt and its response take up to `longest` tokens.
+    process: what the process holds without the models, where that counts too (on a CPU)."""
+    parts = memory_parts(student, teacher, batch=config.batch_size, micro_batch=micro_batch, tokens=longest,
+                         half=config.dtype == "bfloat16", recompute=config.recompute)  # fmt: skip
+    return [({"Python and its libraries": process} if process else {}) | p for p in parts]
+
+
+def process_memory(device: torch.device, student: str) -> int:
+    """Bytes the process holds besides the models, if they share its memory; 0 where they lie on a device, or off Linux.
+    To be called before they are loaded."""
+    if device.type != "cpu" or not os.path.exists("/proc/self/statm"):
+        return 0
+    count_parameters(load_config(checkpoint_folder(student, ("config.json",))))  # brings in most of what is imported
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def choose_micro_batch(config, student, teacher, longest: int, budget: float) -> int:
+    """The most rows whose predicted memory stays within the budget (bytes). Beyond 2^14 tokens nothing gets faster."""
+    rows = max(1, min(config.batch_size, 2**14 // longest))
+    while rows > 1 and sum(predicted_memory(config, student, teacher, longest, rows)[1].values()) > budget:
+        rows -= 1
+    return rows
+
+
+def flop_books(rollout: Rollout, student, teacher, iw: bool = False) -> dict[str, float]:
+    """Matmul FLOP of one step's scoring and learning, of the tokens really handled, padding not counted. student and
+    teacher (or None) are configurations. What --recompute computes twice is counted once."""
+    read = rollout.prompt_lens.double() + rollout.spans()[:, 1] - 1  # up to the last supervised token, not fed back
+    read = read[(rollout.spans()[:, 1] > rollout.spans()[:, 0])]
+    pairs, tokens, heads = (read * (read + 1) / 2).sum().item(), read.sum().item(), rollout.num_supervised()
+    return {
+        "flop_teacher": count_flops(teacher, tokens, pairs, heads * (1 + iw)) if teacher is not None else 0.0,
+        "flop_student": 3 * count_flops(student, tokens, pairs, heads) + count_flops(student, 0, 0, heads * iw),
+    }
+
+
+def plan(config) -> None:
+    """Print parameters, memory by part, and FLOP by prefix length, from the two configurations alone."""
+    try:
+        prompt, whole = map(int, config.plan_lens.split(","))
+    except ValueError:
+        raise InputError(f"--plan_lens {config.plan_lens}: expected two numbers, such as 64,2048") from None
+    device = choose_device(config.device)
+    config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    student, teacher = (load_config(checkpoint_folder(c, ("config.json",))) for c in (config.student, config.teacher))
+    L, free = min(config.prefix_len, whole), config.memory * 2**30 or free_memory(device)
+    micro_batch = config.micro_batch or choose_micro_batch(config, student, teacher, prompt + L, free)
+    print(f"student {config.student}: {count_parameters(student):,} parameters; teacher {config.teacher}: "
+          f"{count_parameters(teacher):,}\nassumed: prompts of {prompt} tokens, whole responses of {whole}, batch "
+          f"{config.batch_size}, micro-batch {micro_batch}, {config.dtype}\n\nmemory at --prefix_len {L}, GB")
+    peaks = sampling, learning = predicted_memory(config, student, teacher, prompt + L, micro_batch,
+                                                    process_memory(device, config.student))  # fmt: skip
+    for part in sampling | learning:
+        print(f"  {part:48}" + "".join(f"{x[part] / 1e9:10.2f}" if part in x else " " * 10 for x in peaks))
+    print(f"  {'in all, while sampling and while learning':48}{sum(sampling.values()) / 1e9:10.2f}"
+          f"{sum(learning.values()) / 1e9:10.2f}\n  {'free here':48}{free / 1e9:10.2f}")
+
+    def step_flops(length: int) -> list[float]:
+        fed = prompt + length - 1
+        once = [config.batch_size * count_flops(c, fed, fed * (fed + 1) / 2, length) for c in (student, teacher)]
+        return [once[0], once[1], 3 * once[0]]
+
+    full = sum(step_flops(whole))
+    print(f"\nTFLOP a step\n  {'prefix_len':>10} {'sampling':>12} {'teacher':>12} {'student':>12} {'all':>12}  saving")
+    for length in sorted({L, whole, *(whole >> k for k in range(1, 8) if whole >> k)}):
+        parts = step_flops(length)
+        print(f"  {length:10,}" + "".join(f" {x / 1e12:12,.4g}" for x in (*parts, sum(parts)))
+              + f"  {full / sum(parts):5.1f}x")
+
+
+def tick(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that torch.mm reaches here on a square product, the yardstick for the step's own rate."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(4):
+        start = tick(device)
+        a @ a
+        best = min(best, tick(device) - start)
+    return 2 * n**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device on CUDA, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if os.uname().sysname == "Darwin" else peak * 1024

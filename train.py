@@ -31,23 +31,36 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import HERE, InputError, flag, load_jsonl, parse_flags, resolve, run_command
+from data import InputError, flag, parse_flags, run_command
 from data.books import (
     choose_micro_batch,
     count_flops,
     flop_books,
+    keep_freed_memory,
     matmul_rate,
     peak_memory,
     plan,
     predicted_memory,
     process_memory,
     tick,
+    update_norm,
 )
-from data.run import ResponseCache, find_run, load_checkpoint, open_run, read_log, save_checkpoint, summarize
-from data.tokenizer import Tokenizer, check_same
+from data.run import (
+    ResponseCache,
+    check_flags,
+    find_run,
+    load_checkpoint,
+    load_pair,
+    load_prompts,
+    open_run,
+    read_log,
+    save_checkpoint,
+    summarize,
+)
+from data.tokenizer import Tokenizer
 from eval import by_position, evaluate, measure_kl, preflight
 from loss import LOSSES, distill_loss
-from model import Transformer, checkpoint_folder, choose_device, free_memory, load_config
+from model import Transformer, choose_device, free_memory
 from sample import Rollout, generate
 
 
@@ -120,54 +133,6 @@ class Config:
     plan_lens: str = flag("64,2048", "prompt and whole-response tokens that --plan assumes")
 
 
-def check_flags(config: Config) -> None:
-    choices = {
-        "init": ("pretrained", "random"), "rollout": ("student", "teacher", "data"), "loss": LOSSES,
-        "top_k_of": ("teacher", "student"), "schedule": ("constant", "linear", "staircase", "adaptive"),
-        "window": ("prefix", "first", "last", "random"), "lr_schedule": ("constant", "cosine"),
-        "dtype": ("", "float32", "bfloat16"),
-    }
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise InputError(f"--{name} {getattr(config, name)}: expected one of {', '.join(filter(None, allowed))}")
-    bounds = (
-        ("at least 1", 1, math.inf, "prefix_len steps batch_size max_new_tokens keep top_k prefix_start stair"),
-        ("at least 0", 0, math.inf, "warmup weight_decay grad_clip eval_every eval_problems eval_kl save_every seed"),
-        ("at least 0", 0, math.inf, "memory schedule_steps micro_batch teacher_prefix iw_gamma eps"),
-        ("positive", 5e-324, 1.7e308, "lr temperature"),
-        ("in [0, 1)", 0, 1 - 2**-53, "beta1 beta2"),
-        ("between 0 and 1", 0, 1, "mix"),
-    )
-    for bound, least, most, names in bounds:
-        for name in names.split():
-            if not least <= getattr(config, name) <= most:
-                raise InputError(f"--{name} must be {bound}, found {getattr(config, name)}")
-
-    def refuse(clash: bool, message: str) -> None:
-        if clash:
-            raise InputError(message)
-
-    c, follows = config, config.schedule == "adaptive" or config.iw_gamma > 0
-    shortest = c.prefix_len if c.schedule == "constant" else c.prefix_start
-    refuse(c.loss == "jsd" and not 0 < c.beta < 1, f"--beta must lie strictly between 0 and 1, found {c.beta}")
-    refuse(c.loss == "sampled_kl" and (c.rollout != "student" or c.mix > 0),
-           "--loss sampled_kl estimates from the student's own samples: use it with --rollout student and --mix 0")
-    refuse(shortest > c.prefix_len, f"--prefix_start {c.prefix_start} lies above --prefix_len {c.prefix_len}")
-    refuse(follows and c.loss == "cross_entropy",
-           "--schedule adaptive and --iw_gamma follow the KL to the teacher, which --loss cross_entropy lacks")
-    refuse((c.mix > 0 or c.teacher_prefix > 0) and c.rollout != "student",
-           f"--mix and --teacher_prefix are for --rollout student, found --rollout {c.rollout}")
-    refuse(bool(c.teacher_cache) and not teacher_writes(c), "--teacher_cache: in this run the teacher writes nothing")
-    refuse(c.teacher_prefix >= shortest,
-           f"--teacher_prefix {c.teacher_prefix} must lie below the shortest prefix, {shortest}")
-    refuse(c.teacher_prefix > 0 and c.window != "prefix", "--teacher_prefix and --window exclude each other")
-    refuse(c.resume and c.overwrite, "--resume and --overwrite contradict each other")
-
-
-def teacher_writes(config: Config) -> bool:
-    return config.rollout == "teacher" or config.mix > 0 or config.teacher_prefix > 0
-
-
 # --- which prompts, how long a prefix, whose words
 
 
@@ -225,7 +190,7 @@ def supervise_window(rollout: Rollout, length: int, window: str, generator: torc
 def respond(
     batch: list[dict], prefix_len: int, config: Config, student: Transformer, teacher: Transformer | None,
     tokenizer: Tokenizer, stop_ids: tuple[int, ...], vocab: int, generator: torch.Generator,
-    cache: "ResponseCache | None" = None,
+    cache: ResponseCache | None = None,
 ) -> tuple[Rollout, dict]:
     """1. sample: a response to every prompt of the batch, and the books of who wrote how much.
 
@@ -342,21 +307,6 @@ def iw_weights(log_ratio: Tensor, mask: Tensor, gamma: float) -> Tensor:
     return (1 + gamma * (1 - before[mask])).to(log_ratio.dtype)
 
 
-def update_norm(optimizer) -> float:
-    """L2 norm of the last AdamW step over all weights, decay aside. Beside a vanishing gradient norm this staying up is
-    the sign that Adam's normalisation is moving the weights on noise."""
-    total = 0.0
-    for group in optimizer.param_groups:
-        b1, b2 = group["betas"]
-        for p in group["params"]:
-            state = optimizer.state.get(p)
-            if state:
-                t = float(state["step"])
-                m, v = state["exp_avg"] / (1 - b1**t), state["exp_avg_sq"] / (1 - b2**t)
-                total += float((m / (v.sqrt() + group["eps"])).square().sum()) * group["lr"] ** 2
-    return math.sqrt(total)
-
-
 def learning_rate(step: int, config: Config) -> float:
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
@@ -369,72 +319,12 @@ def learning_rate(step: int, config: Config) -> float:
 # --- the run
 
 
-def load_pair(config: Config, device: torch.device, dtype: torch.dtype, resume_from: Path | None):
-    """(student, teacher or None, tokenizer, the teacher's tokenizer or None, real vocabulary, stop ids of both).
-
-    The student's weights are float32 for the optimizer: at a rate of 1e-6 a bfloat16 weight would round back to what it
-    was.
-    """
-    folder = checkpoint_folder(config.student)
-    tokenizer, teacher, theirs = Tokenizer(folder, config.chat, config.system, config.thinking), None, None
-    vocab, stop_ids = tokenizer.vocab_size, {*tokenizer.stop_ids, *tokenizer.stop_ids_of(config.stop_tokens)}
-    if teacher_writes(config) or config.loss != "cross_entropy":
-        teacher_folder = checkpoint_folder(config.teacher)
-        theirs = Tokenizer(teacher_folder, "off" if config.chat == "off" else "auto")
-        if theirs.chats():
-            theirs = Tokenizer(teacher_folder, config.chat, config.system, config.thinking)
-        check_same(tokenizer, theirs)
-        vocab = min(vocab, theirs.vocab_size)
-        stop_ids |= set(theirs.stop_ids)
-        teacher = Transformer.from_pretrained(teacher_folder, device, dtype).requires_grad_(False)
-    if resume_from is None and config.init == "random":
-        student = Transformer(load_config(folder)).initialize(config.seed).to(device)
-    else:
-        student = Transformer.from_pretrained(resume_from or folder, device, torch.float32)
-    student.recompute = config.recompute
-    for name, model in (("student", student), ("teacher", teacher)):
-        if model is not None and vocab > model.head.shape[0]:
-            raise InputError(f"--{name}: its tokenizer has {vocab} ids, its head {model.head.shape[0]} rows")
-    print(f"student {folder.name}: {sum(p.numel() for p in student.parameters()):,} parameters, float32", end="")
-    if teacher is not None:
-        count = sum(p.numel() for p in teacher.parameters())
-        print(f"; teacher {teacher_folder.name}: {count:,}, {config.dtype}", end="")
-    stop_ids = tuple(sorted(i for i in stop_ids if i < vocab))
-    print(f"\nvocabulary {vocab:,} of {student.head.shape[0]:,} rows; stop tokens "
-          + ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in stop_ids)
-          + (" (one class)" if config.stop_class and len(stop_ids) > 1 else ""))
-    return student, teacher, tokenizer, theirs, vocab, stop_ids
-
-
-def load_prompts(config: Config, tokenizer: Tokenizer, models: list[Transformer]) -> tuple[list[dict], list[dict], int]:
-    """(rows to train on, encoded; rows to be judged on; tokens of the longest prompt and response together)."""
-    need = ("prompt", "solution") if config.rollout == "data" else ("prompt",)
-    rows, test = load_jsonl(resolve(config.data, "train"), need), []
-    if (config.eval_problems or config.eval_kl) and (config.eval_data or (HERE / config.data).is_dir()):
-        need = ("prompt", "answer") if config.eval_problems else ("prompt",)
-        test = load_jsonl(resolve(config.eval_data or config.data, "test"), need)
-    for row in tqdm(rows, desc="tokenize", leave=False, delay=2):
-        row["prompt_ids"] = tokenizer.encode_prompt(row["prompt"])
-        if config.rollout == "data":
-            row["solution_ids"] = tokenizer.encode(row["solution"])
-        if not row["prompt_ids"]:
-            raise InputError(f"--data {config.data}: a prompt is empty, and this tokenizer puts nothing before it")
-    flag_name = "prefix_len" if config.window == "prefix" else "max_new_tokens"
-    cap, longest = getattr(config, flag_name), max(len(row["prompt_ids"]) for row in rows)
-    for model in models:
-        if longest + cap > model.config.max_position_embeddings:
-            raise InputError(
-                f"--{flag_name} {cap} and the longest prompt of --data, {longest} tokens, exceed the "
-                f"{model.config.max_position_embeddings} positions of the model: lower the one or shorten the other"
-            )
-    return rows, test, longest + cap
-
-
 def train(config: Config) -> None:
     check_flags(config)
     if config.plan:
         return plan(config)
     device = choose_device(config.device)
+    keep_freed_memory(device)
     free, process = config.memory * 2**30 or free_memory(device), process_memory(device, config.student)
     config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     resume_from = find_run(config)
@@ -450,9 +340,7 @@ def train(config: Config) -> None:
     if config.compile:
         forwards = tuple(torch.compile(m, dynamic=True) if m is not None else None for m in (student, scorer))
     configs = student.config, teacher.config if teacher is not None else None
-    chosen, config.micro_batch = config.micro_batch, config.micro_batch or choose_micro_batch(
-        config, *configs, longest, free
-    )
+    config.micro_batch = config.micro_batch or choose_micro_batch(config, *configs, longest, free)
     matrices = [p for p in student.parameters() if p.dim() > 1]
     vectors = [p for p in student.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
@@ -488,10 +376,8 @@ def train(config: Config) -> None:
     log_path = Path(config.out_dir) / "log.jsonl"
     wandb = None
     if config.wandb_project:
-        try:
-            import wandb
-        except ImportError:
-            raise InputError("--wandb_project: pip install wandb first") from None
+        import wandb
+
         wandb.init(project=config.wandb_project, name=Path(config.out_dir).name, config=asdict(config))
 
     def log(record: dict) -> None:
@@ -527,10 +413,7 @@ def train(config: Config) -> None:
         print(f"student before the first step: {judge(sampler, 'student', 0)}")
 
     def save(step: int) -> Path:
-        config.micro_batch, kept = chosen, config.micro_batch
-        saved = save_checkpoint(config, student, tokenizer, stop_ids, optimizer, step, totals, growth)
-        config.micro_batch = kept
-        return saved
+        return save_checkpoint(config, student, tokenizer, stop_ids, optimizer, step, totals, growth)
 
     interrupted = []
     signal.signal(

@@ -1,11 +1,14 @@
-"""A run's folder: config.json, log.jsonl, and checkpoints `step_NNNNNN/` that are whole or not there at all.
+"""What a run starts from and leaves behind: its flags checked, its pair and prompts loaded, and its folder, with
+config.json, log.jsonl, and checkpoints `step_NNNNNN/` that are whole or not there at all.
 
 A checkpoint is the student as a Hugging Face folder, the optimizer's moments, and a JSON state. Randomness and the data
 order are functions of (seed, step), so nothing else is needed to go on bit for bit (on one machine). `config` is
 train.py's Config throughout.
 """
 
+import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -15,8 +18,124 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
-from data import InputError, read_json
+from data import HERE, InputError, load_jsonl, read_json, resolve
+from data.tokenizer import Tokenizer, check_same
+from loss import LOSSES
+from model import Transformer, checkpoint_folder, load_config
+
+
+def check_flags(config) -> None:
+    choices = {
+        "init": ("pretrained", "random"), "rollout": ("student", "teacher", "data"), "loss": LOSSES,
+        "top_k_of": ("teacher", "student"), "schedule": ("constant", "linear", "staircase", "adaptive"),
+        "window": ("prefix", "first", "last", "random"), "lr_schedule": ("constant", "cosine"),
+        "dtype": ("", "float32", "bfloat16"),
+    }
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise InputError(f"--{name} {getattr(config, name)}: expected one of {', '.join(filter(None, allowed))}")
+    bounds = (
+        ("at least 1", 1, math.inf, "prefix_len steps batch_size max_new_tokens keep top_k prefix_start stair"),
+        ("at least 0", 0, math.inf, "warmup weight_decay grad_clip eval_every eval_problems eval_kl save_every seed"),
+        ("at least 0", 0, math.inf, "memory schedule_steps micro_batch teacher_prefix iw_gamma eps"),
+        ("positive", 5e-324, 1.7e308, "lr temperature"),
+        ("in [0, 1)", 0, 1 - 2**-53, "beta1 beta2"),
+        ("between 0 and 1", 0, 1, "mix"),
+    )
+    for bound, least, most, names in bounds:
+        for name in names.split():
+            if not least <= getattr(config, name) <= most:
+                raise InputError(f"--{name} must be {bound}, found {getattr(config, name)}")
+
+    def refuse(clash: bool, message: str) -> None:
+        if clash:
+            raise InputError(message)
+
+    c, follows = config, config.schedule == "adaptive" or config.iw_gamma > 0
+    shortest = c.prefix_len if c.schedule == "constant" else c.prefix_start
+    refuse(c.loss == "jsd" and not 0 < c.beta < 1, f"--beta must lie strictly between 0 and 1, found {c.beta}")
+    refuse(c.loss == "sampled_kl" and (c.rollout != "student" or c.mix > 0),
+           "--loss sampled_kl estimates from the student's own samples: use it with --rollout student and --mix 0")
+    refuse(shortest > c.prefix_len, f"--prefix_start {c.prefix_start} lies above --prefix_len {c.prefix_len}")
+    refuse(follows and c.loss == "cross_entropy",
+           "--schedule adaptive and --iw_gamma follow the KL to the teacher, which --loss cross_entropy lacks")
+    refuse((c.mix > 0 or c.teacher_prefix > 0) and c.rollout != "student",
+           f"--mix and --teacher_prefix are for --rollout student, found --rollout {c.rollout}")
+    refuse(bool(c.teacher_cache) and not teacher_writes(c), "--teacher_cache: in this run the teacher writes nothing")
+    refuse(c.teacher_prefix >= shortest,
+           f"--teacher_prefix {c.teacher_prefix} must lie below the shortest prefix, {shortest}")
+    refuse(c.teacher_prefix > 0 and c.window != "prefix", "--teacher_prefix and --window exclude each other")
+    refuse(bool(c.wandb_project) and importlib.util.find_spec("wandb") is None,
+           "--wandb_project: there is no wandb here; pip install wandb")
+    refuse(c.resume and c.overwrite, "--resume and --overwrite contradict each other")
+
+
+def teacher_writes(config) -> bool:
+    return config.rollout == "teacher" or config.mix > 0 or config.teacher_prefix > 0
+
+
+def load_pair(config, device: torch.device, dtype: torch.dtype, resume_from: Path | None):
+    """(student, teacher or None, tokenizer, the teacher's tokenizer or None, real vocabulary, stop ids of both).
+
+    The student's weights are float32 for the optimizer: at a rate of 1e-6 a bfloat16 weight would round back to what it
+    was.
+    """
+    folder = checkpoint_folder(config.student)
+    tokenizer, teacher, theirs = Tokenizer(folder, config.chat, config.system, config.thinking), None, None
+    vocab, stop_ids = tokenizer.vocab_size, {*tokenizer.stop_ids, *tokenizer.stop_ids_of(config.stop_tokens)}
+    if teacher_writes(config) or config.loss != "cross_entropy":
+        teacher_folder = checkpoint_folder(config.teacher)
+        theirs = Tokenizer(teacher_folder, "off" if config.chat == "off" else "auto")
+        if theirs.chats():
+            theirs = Tokenizer(teacher_folder, config.chat, config.system, config.thinking)
+        check_same(tokenizer, theirs)
+        vocab = min(vocab, theirs.vocab_size)
+        stop_ids |= set(theirs.stop_ids)
+        teacher = Transformer.from_pretrained(teacher_folder, device, dtype).requires_grad_(False)
+    if resume_from is None and config.init == "random":
+        student = Transformer(load_config(folder)).initialize(config.seed).to(device)
+    else:
+        student = Transformer.from_pretrained(resume_from or folder, device, torch.float32)
+    student.recompute = config.recompute
+    for name, model in (("student", student), ("teacher", teacher)):
+        if model is not None and vocab > model.head.shape[0]:
+            raise InputError(f"--{name}: its tokenizer has {vocab} ids, its head {model.head.shape[0]} rows")
+    print(f"student {folder.name}: {sum(p.numel() for p in student.parameters()):,} parameters, float32", end="")
+    if teacher is not None:
+        count = sum(p.numel() for p in teacher.parameters())
+        print(f"; teacher {teacher_folder.name}: {count:,}, {config.dtype}", end="")
+    stop_ids = tuple(sorted(i for i in stop_ids if i < vocab))
+    print(f"\nvocabulary {vocab:,} of {student.head.shape[0]:,} rows; stop tokens "
+          + ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in stop_ids)
+          + (" (one class)" if config.stop_class and len(stop_ids) > 1 else ""))
+    return student, teacher, tokenizer, theirs, vocab, stop_ids
+
+
+def load_prompts(config, tokenizer: Tokenizer, models: list[Transformer]) -> tuple[list[dict], list[dict], int]:
+    """(rows to train on, encoded; rows to be judged on; tokens of the longest prompt and response together)."""
+    need = ("prompt", "solution") if config.rollout == "data" else ("prompt",)
+    rows, test = load_jsonl(resolve(config.data, "train"), need), []
+    if (config.eval_problems or config.eval_kl) and (config.eval_data or (HERE / config.data).is_dir()):
+        need = ("prompt", "answer") if config.eval_problems else ("prompt",)
+        test = load_jsonl(resolve(config.eval_data or config.data, "test"), need)
+    for row in tqdm(rows, desc="tokenize", leave=False, delay=2):
+        row["prompt_ids"] = tokenizer.encode_prompt(row["prompt"])
+        if config.rollout == "data":
+            row["solution_ids"] = tokenizer.encode(row["solution"])
+        if not row["prompt_ids"]:
+            raise InputError(f"--data {config.data}: a prompt is empty, and this tokenizer puts nothing before it")
+    flag_name = "prefix_len" if config.window == "prefix" else "max_new_tokens"
+    cap, longest = getattr(config, flag_name), max(len(row["prompt_ids"]) for row in rows)
+    for model in models:
+        if longest + cap > model.config.max_position_embeddings:
+            raise InputError(
+                f"--{flag_name} {cap} and the longest prompt of --data, {longest} tokens, exceed the "
+                f"{model.config.max_position_embeddings} positions of the model: lower the one or shorten the other"
+            )
+    return rows, test, longest + cap
+
 
 # Between a run and its resumption. Those of the second line change the last bits of the arithmetic at most.
 MAY_CHANGE = {"steps", "eval_every", "save_every", "keep", "resume", "overwrite", "out_dir", "wandb_project", "plan",
@@ -33,6 +152,7 @@ def find_run(config) -> Path | None:
         if not complete:
             raise InputError(f"--resume: no complete checkpoint in --out_dir {out}")
         before = read_json(complete[-1] / "state.json")["config"]
+        config.micro_batch = config.micro_batch or before["micro_batch"]  # as it was chosen then, for the last bits
         now = asdict(config)
         differ = {name: f"--{name} is {now[name]!r} and was {before.get(name)!r}" for name in now
                   if name not in ("resume", "overwrite", "out_dir") and before.get(name) != now[name]}  # fmt: skip

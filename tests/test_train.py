@@ -482,6 +482,22 @@ def test_predicted_memory_is_what_a_run_takes(tmp_path):
     assert max(map(float, found.groups())) == pytest.approx(peak, rel=0.15)
 
 
+def test_wandb_gets_the_same_records(tmp_path, monkeypatch):
+    (tmp_path / "wandb.py").write_text(
+        "import json\ndef write(kind, **what):\n    open('seen.jsonl', 'a').write(json.dumps([kind, what]) + '\\n')\n"
+        "def init(project, name, config):\n    write('init', project=project, name=name, lr=config['lr'])\n"
+        "def log(record):\n    write('log', **record)\ndef finish():\n    write('finish')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    result = run(ROOT / "train.py", *TINY, "--steps", "1", "--wandb_project", "p", "--out_dir", "o", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    seen = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
+    assert seen[0] == ["init", {"project": "p", "name": "o", "lr": 5e-4}] and seen[-1] == ["finish", {}]
+    step = next(what for kind, what in seen if "loss" in what)
+    assert step == next(r for r in records(tmp_path / "o") if "loss" in r)
+    assert any("student/greedy/accuracy" in what for _, what in seen)
+
+
 def test_plan_needs_nothing_but_two_configurations(tmp_path):
     for name, folder in (("student", STUDENT), ("teacher", TEACHER)):
         (tmp_path / name).mkdir()
@@ -631,7 +647,7 @@ def bad(tmp_path_factory):
     ("train.py --data nothing.jsonl", "--data nothing.jsonl: no file nothing.jsonl"),
     ("train.py --data BAD/text.jsonl", "text.jsonl, line 2: not JSON"),
     ("train.py --data BAD/empty.jsonl", "empty.jsonl: a prompt is empty"),
-    ("train.py --student BAD", "no tokenizer.json there"),
+    ("train.py --student BAD", "no config.json there"),
     ("train.py --student BAD/nowhere", "no such folder"),
     ("train.py --teacher BAD/torn", "model.norm.weight is missing"),
     ("train.py --teacher BAD/other", "student and teacher have different tokenizers: id"),

@@ -155,7 +155,8 @@ def plan(config) -> None:
     print(f"\nTFLOP a step\n  {'prefix_len':>10} {'sampling':>12} {'teacher':>12} {'student':>12} {'all':>12}  saving")
     for length in sorted({L, whole, *(whole >> k for k in range(1, 8) if whole >> k)}):
         parts = step_flops(length)
-        print(f"  {length:10,}" + "".join(f" {x / 1e12:12,.4g}" for x in (*parts, sum(parts)))
+        shown = (f"{x / 1e12:,.0f}" if x > 1e15 else f"{x / 1e12:.4g}" for x in (*parts, sum(parts)))
+        print(f"  {length:10,}" + "".join(f" {x:>12}" for x in shown)
               + f"  {full / sum(parts):5.1f}x")
 
 

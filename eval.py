@@ -1,28 +1,36 @@
 """Accuracy of a checkpoint on problems with a verifiable answer, with the numbers that keep accuracy honest.
 
     python eval.py --model chains/student --data chains
-    python eval.py --model out/step_000030 --data chains --temperature 1 --num_samples 4
+    python eval.py --model out/step_000030 --data chains --temperature 1 --num_samples 4 --out four.json
+    python eval.py --compare before.json,after.json       # a paired test on the same problems
+    python eval.py positions | teacher_prefix | stops | tokens | runs     # the diagnostics, see data/diagnose.py
 
 A response is right when its stated answer equals the reference (data/answers.py). Since a model trained on prefixes may
 stop ending its responses, accuracy is reported together with P(finish), the share of responses that end by themselves
 below the cap, and accuracy among those.
 """
 
+import functools
 import json
 import math
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data import InputError, flag, load_jsonl, parse_flags, resolve, run_command
+from data import InputError, flag, load_jsonl, parse_flags, read_json, resolve, run_command, stop
 from data.answers import extract_answer, is_correct
+from data.run import read_log, rewrite_log
 from data.tokenizer import Tokenizer
 from loss import distill_loss
 from model import Transformer, checkpoint_folder, choose_device
 from sample import check_sampling, generate
+
+PART = 512  # responses between two calls of evaluate's keep()
 
 
 def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -31,6 +39,20 @@ def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def bootstrap(values: list[float], seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
+    """95% interval of the mean of one value per problem, by drawing the problems again."""
+    x = torch.tensor(values, dtype=torch.double)
+    picks = torch.randint(len(x), (resamples, len(x)), generator=torch.Generator().manual_seed(seed))
+    low, high = x[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    return low, high
+
+
+def pass_at(k: int, n: int, right: int) -> float:
+    """The chance that k of n samples, drawn without replacement, hold a right one: unbiased for pass@k (Chen et al.
+    2021, arXiv 2107.03374, equation 1)."""
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def evaluate(
@@ -49,41 +71,85 @@ def evaluate(
     vocab: int | None = None,
     stop_ids: tuple[int, ...] | None = None,
     progress: bool = False,
+    done: list[dict] | None = None,
+    keep: Callable[[list[dict]], None] | None = None,
 ) -> tuple[dict, list[dict]]:
     """Answer every row's prompt `num_samples` times and grade: (summary, one record per response, in the order of
     rows).
 
-    Summary, all floats: accuracy (mean over problems of the share of right samples), low and high (Wilson 95% over
-    problems), finish (share of responses ended by themselves), accuracy_given_finish (nan if none ended), no_answer,
-    capped, mean_len (tokens), seconds.
-    Draws from its own generator, so that evaluating inside a training run does not disturb the run.
+    done: records of an earlier, interrupted call with the same arguments, which are taken as they are. keep(records) is
+    called with new ones as they come, some hundreds at a time. A row's randomness is its own, so neither changes the
+    result, nor does batch_size. Draws from its own generator, so that evaluating inside a training run does not disturb
+    the run. See `summarize` for the summary; `seconds` is this call's.
     """
     encoded = [tokenizer.encode_prompt(row["prompt"]) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: -len(encoded[i]))  # neighbours of one length are read together
-    start = time.perf_counter()
-    rollout = generate(
-        model, [encoded[i] for i in order], max_new_tokens, stop_ids or tokenizer.stop_ids, temperature, top_k, top_p,
-        torch.Generator().manual_seed(seed), vocab or tokenizer.vocab_size, min_p=min_p, num_samples=num_samples,
-        slots=batch_size, progress=progress,
-    )
-    records: list[dict] = []
-    for k in range(len(rows) * num_samples):
-        row, text = rows[order[k // num_samples]], tokenizer.decode(rollout.text_ids(k))
-        records.append({
-            "problem": order[k // num_samples], "prompt": row["prompt"], "answer": row["answer"], "response": text,
-            "extracted": extract_answer(text), "correct": is_correct(text, row["answer"]),
-            "finished": bool(rollout.finished[k]), "tokens": int(rollout.lens[k]),
-        })
+    drawn = torch.randint(2**63 - 1, (len(rows), num_samples), generator=torch.Generator().manual_seed(seed))
+    seeds = {i: drawn[place].tolist() for place, i in enumerate(order)}
+    records, start = list(done or []), time.perf_counter()
+    waiting = [i for i in order if i not in {r["problem"] for r in records}]
+    at_once = max(1, PART // num_samples)
+    for part in (waiting[k : k + at_once] for k in range(0, len(waiting), at_once)):
+        rollout = generate(
+            model, [encoded[i] for i in part], max_new_tokens, stop_ids or tokenizer.stop_ids, temperature, top_k,
+            top_p, None, vocab or tokenizer.vocab_size, min_p=min_p, num_samples=num_samples,
+            seeds=[s for i in part for s in seeds[i]], slots=batch_size, progress=progress,
+        )
+        new = []
+        for k in range(len(part) * num_samples):
+            row, text = rows[part[k // num_samples]], tokenizer.decode(rollout.text_ids(k))
+            new.append({
+                "problem": part[k // num_samples], "prompt": row["prompt"], "answer": row["answer"], "response": text,
+                "extracted": extract_answer(text), "correct": is_correct(text, row["answer"]),
+                "finished": bool(rollout.finished[k]), "tokens": int(rollout.lens[k]),
+            })
+        records += new
+        if keep is not None:
+            keep(new)
     records.sort(key=lambda r: r["problem"])
-    n, right = len(records), sum(r["correct"] for r in records)
-    ended = [r for r in records if r["finished"]]
-    low, high = wilson(right / num_samples, len(rows))
+    return {**summarize(records, num_samples), "seconds": time.perf_counter() - start}, records
+
+
+def summarize(records: list[dict], num_samples: int) -> dict[str, float]:
+    """Of records in the order of problems, `num_samples` for each: accuracy (the mean over problems of the share of
+    right samples, avg@k) with low and high (95% over problems: Wilson's for one sample, else by bootstrap), pass@k for
+    k = 1, 2, 4, ... (unbiased), finish (share of responses ended by themselves), accuracy_given_finish (nan if none
+    ended), no_answer, capped, mean_len, median_len, len_95 (tokens)."""
+    n, ended = len(records), [r for r in records if r["finished"]]
+    right = [sum(r["correct"] for r in records[i : i + num_samples]) for i in range(0, n, num_samples)]
+    shares = [r / num_samples for r in right]
+    low, high = wilson(sum(right), n) if num_samples == 1 else bootstrap(shares)
+    lens = torch.tensor([float(r["tokens"]) for r in records])
+    ks = [2**j for j in range(num_samples.bit_length()) if num_samples > 1]
     return {
-        "accuracy": right / n, "low": low, "high": high, "finish": len(ended) / n,
+        "accuracy": sum(right) / n, "low": low, "high": high,
+        **{f"pass@{k}": sum(pass_at(k, num_samples, r) for r in right) / len(right) for k in ks},
+        "finish": len(ended) / n,
         "accuracy_given_finish": sum(r["correct"] for r in ended) / len(ended) if ended else math.nan,
         "no_answer": sum(r["extracted"] is None for r in records) / n, "capped": 1 - len(ended) / n,
-        "mean_len": sum(r["tokens"] for r in records) / n, "seconds": time.perf_counter() - start,
-    }, records
+        "mean_len": lens.mean().item(), "median_len": lens.median().item(), "len_95": lens.quantile(0.95).item(),
+    }
+
+
+def compare(a: dict, b: dict) -> dict[str, float]:
+    """A paired test of two results on the same problems: each one's accuracy, the mean difference per problem with its
+    bootstrap interval, and p: how often flipping the signs of the differences at random makes it as large."""
+    shares = []
+    for result in (a, b):
+        by_problem: dict[tuple, list] = {}
+        for r in result["responses"]:
+            by_problem.setdefault((r["data"], r["problem"], r["prompt"]), []).append(float(r["correct"]))
+        shares.append({key: sum(v) / len(v) for key, v in by_problem.items()})
+    common = sorted(shares[0].keys() & shares[1].keys())
+    if not common:
+        raise InputError("--compare: the two results have no problem in common")
+    d = torch.tensor([shares[1][key] - shares[0][key] for key in common], dtype=torch.double)
+    low, high = bootstrap(d.tolist())
+    signs = torch.randint(2, (10_000, len(d)), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    as_large = ((signs * d).mean(1).abs() >= d.mean().abs() - 1e-12).sum().item()
+    first, second = (sum(s[key] for key in common) / len(common) for s in shares)
+    return {"problems": len(common), "first": first, "second": second, "difference": d.mean().item(), "low": low,
+            "high": high, "p": (as_large + 1) / (len(signs) + 1)}  # fmt: skip
 
 
 def by_position(values: Tensor, position: Tensor) -> dict[str, float]:
@@ -136,101 +202,10 @@ def measure_kl(
     }
 
 
-@torch.no_grad()
-def preflight(
-    student: Transformer,
-    teacher: Transformer,
-    tokenizer: Tokenizer,
-    teacher_tokenizer: Tokenizer,
-    prompts: list[str],
-    *,
-    stop_ids: tuple[int, ...],
-    vocab: int,
-    stop_class: bool,
-    max_new_tokens: int,
-    seed: int,
-) -> tuple[list[str], list[str]]:
-    """Look at a pair before it is trained: (lines to print, warnings), in plain language.
-
-    A few prompts are answered by the student, and both models are asked two questions that betray most mismatches: what
-    should come first, and how likely is each stop token where the student stopped?
-    """
-    lines, warnings = [], []
-
-    def spell(i: int) -> str:
-        return f"{i} {tokenizer.decode([i])!r}"
-
-    encoded = [tokenizer.encode_prompt(p) for p in prompts]
-    lines.append(f"prompt as both models see it: {tokenizer.decode(encoded[0])!r}")
-    theirs = teacher_tokenizer.encode_prompt(prompts[0])
-    if theirs != encoded[0]:
-        warnings.append(
-            "template mismatch: the teacher's own chat template would render this prompt as "
-            f"{teacher_tokenizer.decode(theirs)!r}. A teacher scores badly what it was not trained to read; "
-            "compare --chat on and --chat off, or give the student the teacher's template"
-        )
-
-    rollout = generate(
-        student, encoded, max_new_tokens, stop_ids, generator=torch.Generator().manual_seed(seed), vocab=vocab
-    )
-    first, last, ended = [], [], []  # (2, vocab) log-probabilities of student and teacher at a response's two ends
-    for i, prompt in enumerate(encoded):
-        row = torch.tensor([prompt + rollout.response(i)[:-1]], device=student.head.device)
-        log_p = torch.stack(
-            [
-                (m(row)[0, [len(prompt) - 1, -1]].float() @ m.head[:vocab].float().T).log_softmax(-1).cpu()
-                for m in (student, teacher)
-            ]
-        )  # (2 models, 2 places, vocab)
-        first.append(log_p[:, 0])
-        if rollout.finished[i]:
-            last.append(log_p[:, 1])
-            ended.append(rollout.response(i)[-1])
-    p, q = torch.stack(first).exp().mean(0)  # (vocab,) each, over the prompts
-    kl = torch.stack([(x[0].exp() * (x[0] - x[1])).sum() for x in first]).mean()
-    lines.append(
-        f"first token: KL {kl:.2f} nats; most likely {spell(int(p.argmax()))} to the student ({p.max():.2f}), "
-        f"{spell(int(q.argmax()))} to the teacher ({q.max():.2f})"
-    )
-    for writer, reader, a, b in (("teacher", "student", q, p), ("student", "teacher", p, q)):
-        opener = int(a.argmax())
-        text = tokenizer.decode([opener])
-        if text in tokenizer.special and opener not in stop_ids and a[opener] > 0.5 and b[opener] < 0.1:
-            if "think" in text:
-                warnings.append(
-                    f"thinking-mode mismatch: the {writer} opens with {text!r} ({a[opener]:.2f}), the {reader} does "
-                    f"not ({b[opener]:.1e}). Choose --thinking off, or a pair of one mode"
-                )
-            else:
-                warnings.append(
-                    f"template mismatch: the {writer} expects {text!r} next ({a[opener]:.2f}), the {reader} does "
-                    f"not ({b[opener]:.1e}), so the prompt probably lacks a part of the {writer}'s template. See --chat"
-                )
-    if not ended:
-        lines.append(f"stops: none of {len(prompts)} rollouts ended within {max_new_tokens} tokens")
-        return lines, warnings
-    p, q = torch.stack(last).exp().mean(0)
-    lines.append(
-        f"stops: {len(ended)} of {len(prompts)} rollouts ended within {max_new_tokens} tokens; there, on average, "
-        + ", ".join(f"{spell(i)}: student {p[i]:.1e}, teacher {q[i]:.1e}" for i in stop_ids)
-    )
-    used = max(set(ended), key=ended.count)
-    preferred = max(stop_ids, key=lambda i: q[i])
-    if preferred != used and q[preferred] > 100 * q[used]:
-        effect = (
-            "They are one class in the loss, so this costs nothing" if stop_class else
-            "Every stop will be punished and responses will run to the cap: leave --stop_class on"
-        )
-        warnings.append(
-            f"stop mismatch: the student ends with {spell(used)}, the teacher with {spell(preferred)}. {effect}"
-        )
-    return lines, warnings
-
-
 @dataclass
 class Config:
     model: str = flag("chains/student", "checkpoint folder or hub name")
-    data: str = flag("chains", "data set: a name (its test split) or a .jsonl file with prompt and answer")
+    data: str = flag("chains", "data sets, with commas: names (their test split) or .jsonl files, prompt and answer")
     num_problems: int = flag(0, "evaluate the first this many problems; 0 takes all")
     num_samples: int = flag(1, "responses per problem; accuracy is their mean (avg@k)")
     temperature: float = flag(0.0, "0 takes the most likely token, 1 samples from the model's own distribution")
@@ -244,7 +219,8 @@ class Config:
     max_new_tokens: int = flag(512, "cap on the response")
     batch_size: int = flag(128, "responses sampled together; lower it if memory runs out")
     seed: int = flag(1337, "seed of the sampling")
-    out: str = flag("", "write summary and every response to this .json file")
+    out: str = flag("", "write results to this .json file, and responses to a .jsonl beside it, to go on from")
+    compare: str = flag("", "instead: two such files, with a comma between them, for a paired test")
     device: str = flag("", "cpu, cuda, ...; empty chooses")
 
 
@@ -253,37 +229,100 @@ def main(config: Config) -> None:
     if config.batch_size < 1 or config.num_problems < 0:
         raise InputError(f"--batch_size must be at least 1 and --num_problems not negative, found {config.batch_size} "
                          f"and {config.num_problems}")  # fmt: skip
+    if config.compare:
+        files = config.compare.split(",")
+        if len(files) != 2:
+            raise InputError(f"--compare {config.compare}: expected two files with a comma between them")
+        c = compare(*map(read_json, files))
+        print(f"{c['problems']} problems in both: {files[0]} {c['first']:.3f}, {files[1]} {c['second']:.3f}; "
+              f"difference {c['difference']:+.3f} (95% {c['low']:+.3f} to {c['high']:+.3f}), p = {c['p']:.4f}")
+        return
     if config.out and not Path(config.out).resolve().parent.is_dir():
         raise InputError(f"--out {config.out}: there is no folder {Path(config.out).parent}")
-    rows = load_jsonl(resolve(config.data, "test"))
-    rows = rows[: config.num_problems or None]
+    problems = {}
+    for name in config.data.split(","):
+        problems[name] = load_jsonl(resolve(name, "test"))[: config.num_problems or None]
     folder = checkpoint_folder(config.model)
     tokenizer = Tokenizer(folder, config.chat, config.system, config.thinking)
     device = choose_device(config.device)
     model = Transformer.from_pretrained(folder, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    s, records = evaluate(
-        model, tokenizer, rows, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-        top_k=config.top_k or None, top_p=config.top_p, min_p=config.min_p, num_samples=config.num_samples,
-        stop_ids=(*tokenizer.stop_ids, *tokenizer.stop_ids_of(config.stop_tokens)), batch_size=config.batch_size,
-        seed=config.seed, progress=True,
-    )
-    manner = "greedy" if config.temperature == 0 else f"temperature {config.temperature}, top-p {config.top_p}"
-    print(
-        f"{config.model} on {config.data}: {len(rows)} problems x {config.num_samples}, {manner}, "
-        f"cap {config.max_new_tokens}"
-    )
-    print(f"  accuracy               {s['accuracy']:.3f}  (95% interval {s['low']:.3f} to {s['high']:.3f})")
-    print(f"  P(finish)              {s['finish']:.3f}")
-    print(f"  accuracy given finish  {s['accuracy_given_finish']:.3f}")
-    print(f"  mean length            {s['mean_len']:.1f} tokens")
-    print(f"  cap rate               {s['capped']:.3f}")
-    print(f"  no answer stated       {s['no_answer']:.3f}")
-    print(f"  {s['seconds']:.1f} s")
+    kept = Kept(config, folder) if config.out else None
+    if config.temperature == 0:
+        manner = "greedy"
+    else:
+        cuts = [(n, getattr(config, n)) for n, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0))]
+        manner = ", ".join([f"temperature {config.temperature}", *(f"{n} {v}" for n, v in cuts if v not in (0, 1.0))])
+    print(f"{config.model}: {manner}, {config.num_samples} a problem, cap {config.max_new_tokens}, seed {config.seed}")
+    summaries, responses = {}, []
+    for name, rows in problems.items():
+        done = kept.complete(name, len(rows), config.num_samples) if kept else []
+        if done:
+            print(f"{name}: {len(done)} responses are in {kept.path} already")
+        summaries[name], records = evaluate(
+            model, tokenizer, rows, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+            top_k=config.top_k or None, top_p=config.top_p, min_p=config.min_p, num_samples=config.num_samples,
+            stop_ids=(*tokenizer.stop_ids, *tokenizer.stop_ids_of(config.stop_tokens)), batch_size=config.batch_size,
+            seed=config.seed, progress=True, done=done,
+            keep=functools.partial(kept.add, name) if kept else None,
+        )
+        responses += [{"data": name, **r} for r in records]
+
+    print(f"{'data':15} problems accuracy (95% interval)      P(finish)  accuracy     no    cut at  length: mean,\n"
+          f"{'':52} if finished  answer  the cap  median, 95%")
+    for name, s in summaries.items():
+        print(f"{name:15} {len(problems[name]):8} {s['accuracy']:8.3f} ({s['low']:.3f} to {s['high']:.3f}) "
+              f"{s['finish']:9.3f} {s['accuracy_given_finish']:9.3f} {s['no_answer']:9.3f} {s['capped']:8.3f}  "
+              f"{s['mean_len']:.1f}, {s['median_len']:.0f}, {s['len_95']:.0f}")
+        passes = ", ".join(f"{k} {v:.3f}" for k, v in s.items() if k.startswith("pass@"))
+        print(f"{'':15} " + (passes + "; " if passes else "") + f"{s['seconds']:.1f} s")
     if config.out:
-        text = json.dumps({"config": asdict(config), "summary": s, "responses": records}, indent=1)
+        text = json.dumps({"config": asdict(config), "summaries": summaries, "responses": responses}, indent=1)
         Path(config.out).write_text(text + "\n", encoding="utf-8")
-        print(f"written to {config.out}")
+        print(f"written to {config.out}, and response by response to {kept.path}")
+
+
+class Kept:
+    """Responses in a JSON-lines file, written as they come, so that an evaluation that was killed goes on where it was:
+    first a record of what they depend on, then one for each response."""
+
+    def __init__(self, config: Config, folder: Path):
+        self.path = Path(config.out).with_suffix(".jsonl")
+        weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*.safetensors"))]
+        made = {k: v for k, v in asdict(config).items() if k not in ("out", "device", "batch_size", "compare", "data")}
+        made = json.loads(json.dumps({**made, "weights": weights}))
+        self.records = read_log(self.path) if self.path.is_file() else []
+        if self.records and self.records[0] != made:
+            differ = [k for k in made if self.records[0].get(k) != made[k]]
+            raise InputError(f"--out: {self.path} holds responses of another evaluation ({', '.join(differ)} differ): "
+                             "name another file, or delete it")  # fmt: skip
+        rewrite_log(self.path, self.records or [made])
+
+    def complete(self, data: str, problems: int, num_samples: int) -> list[dict]:
+        """The kept records of those problems that have all their samples."""
+        by_problem: dict[int, list] = {}
+        for r in self.records[1:]:
+            if r["data"] == data and r["problem"] < problems:
+                by_problem.setdefault(r["problem"], []).append({k: v for k, v in r.items() if k != "data"})
+        return [r for records in by_problem.values() if len(records) == num_samples for r in records]
+
+    def add(self, data: str, records: list[dict]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps({"data": data, **r}) + "\n" for r in records))
 
 
 if __name__ == "__main__":
-    run_command(main, parse_flags(Config, __doc__))
+    from data import diagnose  # imports this file's wilson
+
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command == "runs":
+        folders = [a for a in sys.argv[2:] if not a.startswith("--out=")]
+        out = next((a.removeprefix("--out=") for a in sys.argv[2:] if a.startswith("--out=")), "runs.png")
+        if not folders or folders[0].startswith("-"):
+            stop("usage: python eval.py runs RUN_FOLDER ... [--out=runs.png]")
+        run_command(lambda found: diagnose.compare_runs(found, out), folders)
+    elif command in diagnose.COMMANDS:
+        run_command(diagnose.COMMANDS[command], parse_flags(diagnose.Config, diagnose.__doc__, sys.argv[2:]))
+    elif command and not command.startswith("-"):
+        stop(f"{command}: no such command; {', '.join(diagnose.COMMANDS)} and runs are; flags alone measure accuracy")
+    else:
+        run_command(main, parse_flags(Config, __doc__))

@@ -45,6 +45,7 @@ from data.books import (
     tick,
     update_norm,
 )
+from data.diagnose import preflight
 from data.run import (
     ResponseCache,
     check_flags,
@@ -58,7 +59,7 @@ from data.run import (
     summarize,
 )
 from data.tokenizer import Tokenizer
-from eval import by_position, evaluate, measure_kl, preflight
+from eval import by_position, evaluate, measure_kl
 from loss import LOSSES, distill_loss
 from model import Transformer, choose_device, free_memory
 from sample import Rollout, generate
@@ -161,22 +162,23 @@ def planned_prefix(step: int, config: Config) -> int:
 def adapted_prefix(state: dict, kl: Tensor, position: Tensor, reached: float, config: Config) -> dict:
     """The adaptive schedule: what a step's KL (n,) at its response positions (n,) makes of its state.
 
-    The KL of the prefix's last half is smoothed over steps. When it has not fallen by 5% below its lowest for three
-    steps, what can be learnt there has been, and the prefix grows by half; but only if a quarter of the rollouts
-    reached its end, for otherwise a longer one would hold little more. After adaptive FastOPD (arXiv 2607.29494), whose
-    four signals this reduces to two.
+    The KL of the prefix's last half is smoothed over steps. What can be learnt there has been when it is down to a
+    tenth of what it was when the prefix got this length, or has not fallen by 5% below its lowest for three steps. Then
+    the prefix grows by half; but only if a quarter of the rollouts reached its end, for otherwise a longer one would hold
+    little more. After adaptive FastOPD (arXiv 2607.29494), whose four signals this reduces to two.
     """
     length, edge = state["prefix_len"], kl[position >= state["prefix_len"] // 2]
     if not len(edge):
         return state
-    smooth = edge.double().mean().item()
-    smooth = smooth if state["smooth"] is None else 0.7 * state["smooth"] + 0.3 * smooth
-    if state["lowest"] is None or smooth < 0.95 * state["lowest"]:
-        return {"prefix_len": length, "smooth": smooth, "lowest": smooth, "waited": 0}
-    if state["waited"] + 1 >= 3 and reached >= 0.25 and length < config.prefix_len:
-        longer = min(config.prefix_len, math.ceil(1.5 * length))
-        return {"prefix_len": longer, "smooth": None, "lowest": None, "waited": 0}
-    return {**state, "smooth": smooth, "waited": state["waited"] + 1}
+    now = edge.double().mean().item()
+    if state["smooth"] is None:
+        return {"prefix_len": length, "smooth": now, "first": now, "lowest": now, "waited": 0}
+    smooth = 0.7 * state["smooth"] + 0.3 * now
+    fell = smooth < 0.95 * state["lowest"]
+    waited, lowest = (0, smooth) if fell else (state["waited"] + 1, state["lowest"])
+    if (waited >= 3 or now < 0.1 * state["first"]) and reached >= 0.25 and length < config.prefix_len:
+        return {**state, "prefix_len": min(config.prefix_len, math.ceil(1.5 * length)), "smooth": None}
+    return {**state, "smooth": smooth, "lowest": lowest, "waited": waited}
 
 
 def supervise_window(rollout: Rollout, length: int, window: str, generator: torch.Generator) -> None:
@@ -348,7 +350,7 @@ def train(config: Config) -> None:
         lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True,
     )
     first_step, totals = 0, {"tokens_sampled": 0, "tokens_scored": 0, "tokens_trained": 0, "flop": 0.0, "seconds": 0.0}
-    growth = {"prefix_len": config.prefix_start, "smooth": None, "lowest": None, "waited": 0}  # see adapted_prefix
+    growth = {"prefix_len": config.prefix_start, "smooth": None}  # see adapted_prefix
     if resume_from is not None:
         first_step, totals, growth = load_checkpoint(resume_from, student, optimizer)
     cache = ResponseCache(config, stop_ids) if config.teacher_cache else None

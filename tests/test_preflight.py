@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from data import HERE
+from data.diagnose import preflight
 from data.tokenizer import Tokenizer
-from eval import preflight
 
 TEACHER = HERE / "chains/teacher"
 THINK, PAD, START, END = 644, 0, 1, 2

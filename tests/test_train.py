@@ -173,11 +173,12 @@ def test_the_adaptive_prefix_grows_when_its_edge_is_learnt_and_reached():
             seen.append(state["prefix_len"])
         return seen
 
-    assert follow([0.5**i for i in range(12)]) == [8] * 12  # still falling
+    assert follow([0.8**i for i in range(10)]) == [8] * 10  # still falling
+    assert follow([0.5**i for i in range(5)]) == [8, 8, 8, 8, 12]  # down to a tenth
     assert follow([1.0] * 4) == [8, 8, 8, 12]  # three steps without a fall
     assert follow([1.0] * 12, reached=0.2) == [8] * 12  # responses end before
     assert follow([1.0] * 20)[-1] <= 20 and train.adapted_prefix(
-        {"prefix_len": 8, "smooth": 1.0, "lowest": 1.0, "waited": 2}, torch.ones(2), torch.tensor([0, 1]), 1.0, config
+        {"prefix_len": 8, "smooth": 1.0, "first": 1.0, "lowest": 1.0, "waited": 2}, torch.ones(2), torch.tensor([0, 1]), 1.0, config
     )["waited"] == 2  # nothing was said in the last half: nothing to judge by
 
 
@@ -584,10 +585,10 @@ def test_eval_prints_the_summary_and_keeps_every_response(tmp_path):
     result = run("eval.py", "--model", TEACHER, "--num_problems", "20", "--num_samples", "2", "--temperature", "1",
                  "--out", tmp_path / "e.json")
     assert result.returncode == 0, result.stderr
-    for text in ("accuracy ", "95% interval", "P(finish)", "accuracy given finish", "mean length", "cap rate"):
+    for text in ("accuracy (95% interval)", "P(finish)", "if finished", "length: mean", "the cap", "pass@2"):
         assert text in result.stdout
     found = json.loads((tmp_path / "e.json").read_text())
-    assert len(found["responses"]) == 40 and found["summary"]["accuracy"] > 0.9
+    assert len(found["responses"]) == 40 and found["summaries"]["chains"]["accuracy"] > 0.9
     assert all("<|im_end|>" not in r["response"] for r in found["responses"] if r["finished"])
 
 

@@ -164,8 +164,8 @@ def adapted_prefix(state: dict, kl: Tensor, position: Tensor, reached: float, co
 
     The KL of the prefix's last half is smoothed over steps. What can be learnt there has been when it is down to a
     tenth of what it was when the prefix got this length, or has not fallen by 5% below its lowest for three steps. Then
-    the prefix grows by half; but only if a quarter of the rollouts reached its end, for otherwise a longer one would hold
-    little more. After adaptive FastOPD (arXiv 2607.29494), whose four signals this reduces to two.
+    the prefix grows by half; but only if a quarter of the rollouts reached its end, for otherwise a longer one would
+    hold little more. After adaptive FastOPD (arXiv 2607.29494), whose four signals this reduces to two.
     """
     length, edge = state["prefix_len"], kl[position >= state["prefix_len"] // 2]
     if not len(edge):

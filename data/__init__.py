@@ -14,12 +14,22 @@ class InputError(ValueError):
     """Something the user gave cannot be used. The commands print it as one line and exit with status 2."""
 
 
+ALSO = {"math500": "math/test", "aime24": "aime/aime24", "aime25": "aime/aime25"}  # other names of test files
+
+
 def resolve(name: str, split: str) -> Path:
     """`--data name` is data/name/{train,test}.jsonl beside this file; anything else is the path of a .jsonl file."""
-    path = HERE / name / f"{split}.jsonl" if (HERE / name).is_dir() else Path(name)
+    if name in ALSO:
+        path = HERE / f"{ALSO[name]}.jsonl"
+        if split == "train":
+            raise InputError(f"--data {name}: to test only, so not to be trained on")
+    else:
+        path = HERE / name / f"{split}.jsonl" if (HERE / name).is_dir() else Path(name)
     if not path.is_file():
-        known = ", ".join(sorted(p.parent.name for p in HERE.glob("*/prepare.py")))
-        raise InputError(f"--data {name}: no file {path}. Give a .jsonl file or a data set that is prepared ({known})")
+        known = ", ".join(sorted({p.parent.name for p in HERE.glob("*/*.jsonl")}))
+        maker = path.parent / "prepare.py"
+        mend = f"run python data/{path.parent.name}/prepare.py first" if maker.is_file() else "give a .jsonl file"
+        raise InputError(f"--data {name}: no file {path}; {mend}, or a data set that is there ({known})")
     return path
 
 

@@ -163,8 +163,8 @@ def adapted_prefix(state: dict, kl: Tensor, position: Tensor, reached: float, co
     """The adaptive schedule: what a step's KL (n,) at its response positions (n,) makes of its state.
 
     The KL of the prefix's last half is smoothed over steps. What can be learnt there has been when it is down to a
-    tenth of what it was when the prefix got this length, or has not fallen by 5% below its lowest for three steps. Then
-    the prefix grows by half; but only if a quarter of the rollouts reached its end, for otherwise a longer one would
+    tenth of what it was in the run's first step, or has not fallen by 5% below its lowest for three steps. Then the
+    prefix grows by half; but only if a quarter of the rollouts reached its end, for otherwise a longer one would
     hold little more. After adaptive FastOPD (arXiv 2607.29494), whose four signals this reduces to two.
     """
     length, edge = state["prefix_len"], kl[position >= state["prefix_len"] // 2]
@@ -172,7 +172,7 @@ def adapted_prefix(state: dict, kl: Tensor, position: Tensor, reached: float, co
         return state
     now = edge.double().mean().item()
     if state["smooth"] is None:
-        return {"prefix_len": length, "smooth": now, "first": now, "lowest": now, "waited": 0}
+        state = {"prefix_len": length, "smooth": now, "first": state.get("first", now), "lowest": now, "waited": -1}
     smooth = 0.7 * state["smooth"] + 0.3 * now
     fell = smooth < 0.95 * state["lowest"]
     waited, lowest = (0, smooth) if fell else (state["waited"] + 1, state["lowest"])

@@ -40,8 +40,8 @@ def from_hub(split: Split) -> list[dict]:
         return [row for c in configurations for row in load_dataset(name, c, split=part)]
     except Exception as error:  # offline, gated, gone: there are a dozen types for it  # noqa: BLE001
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"the hub did not give {name} ({reason}). If it is gated, accept its terms on its page and "
-                         "run `hf auth login`; without a network, give a local copy with --source") from None  # fmt: skip
+        raise InputError(f"the hub did not give {name} ({reason}). If it is gated, accept its terms on its page "
+                         "and run `hf auth login`; without a network, give a local copy with --source") from None
 
 
 def from_file(path: Path) -> list[dict]:

@@ -89,7 +89,8 @@ def load_pair(config, device: torch.device, dtype: torch.dtype, resume_from: Pat
         teacher_folder = checkpoint_folder(config.teacher)
         theirs = Tokenizer(teacher_folder, "off" if config.chat == "off" else "auto")
         if theirs.chats():
-            theirs = Tokenizer(teacher_folder, config.chat, config.system, config.thinking)
+            switch = config.thinking if "enable_thinking" in (theirs.chat_template() or "") else ""
+            theirs = Tokenizer(teacher_folder, config.chat, config.system, switch)
         check_same(tokenizer, theirs)
         vocab = min(vocab, theirs.vocab_size)
         stop_ids |= set(theirs.stop_ids)

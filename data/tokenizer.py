@@ -11,6 +11,7 @@ import unicodedata
 from pathlib import Path
 
 import tiktoken
+from jinja2 import TemplateError
 
 from data import InputError, read_json
 
@@ -201,7 +202,12 @@ class Tokenizer:
         turns = [{"role": "system", "content": self.system}] if self.system else []
         turns.append({"role": "user", "content": message})
         switch = {"enable_thinking": self.thinking == "on"} if self.thinking else {}
-        rendered = self.transformers().apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **switch)
+        try:
+            rendered = self.transformers().apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True, **switch
+            )
+        except TemplateError as error:  # from the template's own raise_exception, or it is no valid template
+            raise InputError(f"{self.folder}: its chat template cannot be used here ({error})") from None
         before, found, after = rendered.partition(message)
         return (before, after) if found and message not in after else (None, None)
 

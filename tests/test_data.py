@@ -293,6 +293,15 @@ def test_worse_manners_are_mostly_wrong_and_the_responses_are_long():
         assert low < sum(is_correct(r["solution"], r["answer"]) for r in rows) / 500 < high
 
 
+def test_a_template_that_refuses_is_reported(tmp_path):
+    shutil.copytree(HERE / "chains/student", tmp_path / "c")
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns here') }}{% endif %}"
+    (tmp_path / "c/chat_template.jinja").write_text(template + "{{ messages[0]['content'] }}")
+    assert Tokenizer(tmp_path / "c").encode_prompt("Dan?\n")
+    with pytest.raises(InputError, match="its chat template cannot be used here .no system turns here"):
+        Tokenizer(tmp_path / "c", system="Be brief.").encode_prompt("Dan?\n")
+
+
 # --- data files and answers
 
 

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The main picture again: prefixes of several lengths and three schedules against whole responses, three seeds each, then the pictures.
+# 25 minutes on 2 cores of an Intel Xeon. What is there already is not run again, so it can be interrupted.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+to=out_reproduce
+mkdir -p $to
+
+run() {  # name, then flags
+    name=$1; shift
+    for seed in 1 2 3; do
+        [ -d "$to/${name}_seed$seed/step_000030" ] || python train.py --seed $seed --eval_every 5 --eval_problems 200 --eval_kl 50 \
+            --out_dir "$to/${name}_seed$seed" --overwrite "$@"
+    done
+}
+
+for length in 4 8 16 32 1024; do run prefix$length --prefix_len $length; done
+run linear --prefix_len 128 --prefix_start 4 --schedule linear
+run staircase --prefix_len 128 --prefix_start 4 --schedule staircase --stair 16
+run adaptive --prefix_len 128 --prefix_start 4 --schedule adaptive
+
+python eval.py runs $to/prefix*_seed? --out=$to/prefixes.png | tee $to/prefixes.txt
+python eval.py runs $to/prefix1024_seed? $to/linear_seed? $to/staircase_seed? $to/adaptive_seed? --out=$to/schedules.png | tee $to/schedules.txt
+python eval.py positions --student chains/student,$to/prefix16_seed1/step_000030,$to/prefix1024_seed1/step_000030 --out $to/positions.png
+python eval.py teacher_prefix --out $to/teacher_prefix.png

@@ -118,7 +118,7 @@ class Config:
 
     micro_batch: int = flag(0, "rows that go forward and backward at once; 0 takes what --memory holds. The result is "
                             "the same; lower it when memory runs out in learning", group="the machine")  # fmt: skip
-    memory: float = flag(0.0, "GiB the run may take; 0 takes what is free when it starts")
+    memory: float = flag(0.0, "GiB the run may take; 0 takes nine tenths of what is free when it starts")
     recompute: bool = flag(False, "keep only the blocks' inputs for backward: much less memory, a third more FLOP")
     compile: bool = flag(False, "torch.compile the training forwards and the decode step: minutes of warm-up")
     device: str = flag("", "cpu, cuda, cuda:1, ...; empty chooses")
@@ -327,7 +327,7 @@ def train(config: Config) -> None:
         return plan(config)
     device = choose_device(config.device)
     keep_freed_memory(device)
-    free, process = config.memory * 2**30 or free_memory(device), process_memory(device, config.student)
+    free, process = config.memory * 2**30 or int(0.9 * free_memory(device)), process_memory(device, config.student)
     config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     resume_from = find_run(config)
     dtype = getattr(torch, config.dtype)
@@ -361,7 +361,7 @@ def train(config: Config) -> None:
                                                               process)]  # fmt: skip
     print(f"memory: up to {peaks[0] / 1e9:.2f} GB while sampling, {peaks[1] / 1e9:.2f} while learning from "
           f"{config.micro_batch} rows at once, if all responses are as long as may be; {free / 1e9:.2f} "
-          + ("allowed" if config.memory else "free"))  # fmt: skip
+          + ("allowed" if config.memory else "to be had"))  # fmt: skip
     if max(peaks) > free:
         print("WARNING: that is more than there is. --help says what to lower, --plan which part is the large one")
     if teacher is not None and resume_from is None:

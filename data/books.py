@@ -109,7 +109,7 @@ def choose_micro_batch(config, student, teacher, longest: int, budget: float) ->
     """The most rows whose predicted memory stays within the budget (bytes). Beyond 2^14 tokens nothing gets faster."""
     rows = max(1, min(config.batch_size, 2**14 // longest))
     while rows > 1 and sum(predicted_memory(config, student, teacher, longest, rows)[1].values()) > budget:
-        rows -= 1
+        rows = min(rows - 1, rows * 7 // 8)
     return rows
 
 
@@ -134,7 +134,7 @@ def plan(config) -> None:
     device = choose_device(config.device)
     config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     student, teacher = (load_config(checkpoint_folder(c, ("config.json",))) for c in (config.student, config.teacher))
-    L, free = min(config.prefix_len, whole), config.memory * 2**30 or free_memory(device)
+    L, free = min(config.prefix_len, whole), config.memory * 2**30 or int(0.9 * free_memory(device))
     micro_batch = config.micro_batch or choose_micro_batch(config, student, teacher, prompt + L, free)
     print(f"student {config.student}: {count_parameters(student):,} parameters; teacher {config.teacher}: "
           f"{count_parameters(teacher):,}\nassumed: prompts of {prompt} tokens, whole responses of {whole}, batch "
@@ -161,8 +161,8 @@ def plan(config) -> None:
 
 
 def update_norm(optimizer) -> float:
-    """L2 norm of the last AdamW step over all weights, decay aside. Beside a vanishing gradient norm this staying up is
-    the sign that Adam's normalisation is moving the weights on noise."""
+    """L2 norm of the last AdamW step over all weights, decay aside: how much the weights still move when the gradient
+    norm has all but vanished."""
     total = 0.0
     for group in optimizer.param_groups:
         b1, b2 = group["betas"]

@@ -155,8 +155,8 @@ def find_run(config) -> Path | None:
         before = read_json(complete[-1] / "state.json")["config"]
         config.micro_batch = config.micro_batch or before["micro_batch"]  # as it was chosen then, for the last bits
         now = asdict(config)
-        differ = {name: f"--{name} is {now[name]!r} and was {before.get(name)!r}" for name in now
-                  if name not in ("resume", "overwrite", "out_dir") and before.get(name) != now[name]}  # fmt: skip
+        was = {name: before.get(name, now[name]) for name in now if name not in ("resume", "overwrite", "out_dir")}
+        differ = {name: f"--{name} is {now[name]!r} and was {w!r}" for name, w in was.items() if w != now[name]}
         barred = [line for name, line in differ.items() if name not in MAY_CHANGE]
         if barred:
             raise InputError(f"--resume of {out}: " + "; ".join(barred) + ". Only these may change: "

@@ -51,7 +51,7 @@ def extract_answer(text: str) -> str | None:
 
 def first_statement(line: str) -> str | None:
     """What a line says first: the mathematics it starts with, else its first sentence."""
-    line = line.replace("**", "").replace("__", "")
+    line = re.sub(r"\*\*|__|</?\w{1,20}>", "", line)  # bold, and tags such as </answer>
     lead = r"^(?:that|is|equal(?:s| to)|therefore|thus|simply|just|about)\s+"
     line = re.sub(lead, "", line.strip(), flags=re.IGNORECASE)
     for opener, closer in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("`", "`")):

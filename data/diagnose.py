@@ -379,7 +379,7 @@ def stops(config: Config) -> None:
             yscale="log", ylim=(1e-12, 3), ylabel="mean probability", title=f"Stop tokens where responses of {name} end"
         )
         panel.set_xticks(range(len(stop_ids)), [f"{i} {tokenizer.decode([i])}" for i in stop_ids])
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=2)
     write(figure, config.out or "stops.png", numbers)
 
 

@@ -29,6 +29,8 @@ MATH500 = Path(__file__).resolve().parent.parent.parent / "shared/data/math500/t
     ("Answer: (B) the second", "(B) the second"),
     ("The final answer is \\(\\sqrt{2}\\).", r"\sqrt{2}"),
     ("The answer is 5 because 2+3=5", "5"),
+    ("<answer>The answer is 18</answer>", "18"),
+    ("#### 18</s>", "18"),
     (r"\boxed{\frac{1}{2}} then", r"\frac{1}{2}"),
     (r"\boxed{3} and #### 4", "3"),
     (r"\boxed{1} or \boxed{2", "1"),  # the last closed one

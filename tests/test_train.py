@@ -183,6 +183,16 @@ def test_the_adaptive_prefix_grows_when_its_edge_is_learnt_and_reached():
     assert short == state  # nothing was said in the last half: nothing to judge by
 
 
+def test_a_learnt_prefix_that_is_trained_on_is_warned_of():
+    config = train.Config(prefix_len=16)
+    assert "the first 16 tokens are learnt (KL 0.080" in train.drift_warning(0.08, 3.0, 0.1, config)
+    assert not train.drift_warning(0.5, 3.0, 0.1, config)  # not learnt yet
+    assert not train.drift_warning(0.08, 3.0, 0.9, config)  # most responses end before the cut
+    assert not train.drift_warning(0.08, 3.0, 0.1, replace(config, schedule="linear"))
+    assert not train.drift_warning(0.08, 3.0, 0.1, replace(config, window="first"))
+    assert not train.drift_warning(0.0, 0.0, 0.0, config)  # no teacher
+
+
 @pytest.mark.parametrize("window", ["first", "last", "random"])
 def test_a_window_supervises_its_tokens_and_no_others(step, window):
     """Gradient and count against a loss written for one row and one position at a time."""

@@ -440,6 +440,10 @@ def curve(folder: Path) -> dict:
                     f"{r['manner']}_length": r["mean_len"],
                 }
     config = json.loads((folder / "config.json").read_text())
+    if config["schedule"] == "constant":  # then these mean nothing
+        config |= dict.fromkeys(("prefix_start", "schedule_steps", "stair"))
+    elif config["schedule"] != "staircase":
+        config["stair"] = None
     return {"config": config, "points": [points[s] for s in sorted(points)]}
 
 
@@ -471,7 +475,8 @@ def group_runs(folders: list[str]) -> dict[str, list[dict]]:
     keys = [k for k in runs[0]["config"] if k not in ignored and len({str(r["config"].get(k)) for r in runs}) > 1]
     groups: dict[str, list[dict]] = {}
     for run in runs:
-        groups.setdefault(", ".join(f"{k} {run['config'].get(k)}" for k in keys) or "all runs", []).append(run)
+        said = [f"{k} {run['config'].get(k)}" for k in keys if run["config"].get(k) is not None]
+        groups.setdefault(", ".join(said) or "all runs", []).append(run)
 
     def by_number(name: str) -> list:
         return [(0, float(w), "") if re.fullmatch(r"[\d.e-]+", w) else (1, 0.0, w) for w in name.split()]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main picture again: prefixes of several lengths and three schedules against whole responses, three seeds each, then the pictures.
-# 25 minutes on 2 cores of an Intel Xeon. What is there already is not run again, so it can be interrupted.
+# About 20 minutes on 2 cores of an Intel Xeon. What is there already is not run again, so it can be interrupted.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 to=out_reproduce

@@ -475,7 +475,7 @@ def group_runs(folders: list[str]) -> dict[str, list[dict]]:
     keys = [k for k in runs[0]["config"] if k not in ignored and len({str(r["config"].get(k)) for r in runs}) > 1]
     groups: dict[str, list[dict]] = {}
     for run in runs:
-        said = [f"{k} {run['config'].get(k)}" for k in keys if run["config"].get(k) is not None]
+        said = [f"{k} {run['config'].get(k)}" for k in keys if run["config"].get(k) not in (None, 0)]
         groups.setdefault(", ".join(said) or "all runs", []).append(run)
 
     def by_number(name: str) -> list:

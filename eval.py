@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from data import InputError, flag, load_jsonl, parse_flags, read_json, resolve, run_command, stop
-from data.answers import extract_answer, is_correct
+from data.answers import Judge, extract_answer, is_correct
 from data.run import read_log, rewrite_log
 from data.tokenizer import Tokenizer
 from loss import distill_loss
@@ -275,6 +275,9 @@ def main(config: Config) -> None:
               f"{s['mean_len']:.1f}, {s['median_len']:.0f}, {s['len_95']:.0f}")
         passes = ", ".join(f"{k} {v:.3f}" for k, v in s.items() if k.startswith("pass@"))
         print(f"{'':15} " + (passes + "; " if passes else "") + f"{s['seconds']:.1f} s")
+    if Judge.timeouts:
+        print(f"WARNING: math-verify took too long over {Judge.timeouts} answers, which count as wrong; if the machine "
+              "was busy, evaluate again")  # fmt: skip
     if config.out:
         text = json.dumps({"config": asdict(config), "summaries": summaries, "responses": responses}, indent=1)
         Path(config.out).write_text(text + "\n", encoding="utf-8")

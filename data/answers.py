@@ -141,6 +141,7 @@ def same_mathematics(a: str, b: str) -> bool:
             Judge.process.stdin.flush()
             return Judge.verdicts.get(timeout=SECONDS) == "True"
         except (Empty, OSError):
+            Judge.timeouts += 1
             Judge.stop()
             return False
 
@@ -149,6 +150,7 @@ class Judge:
     """The process that math-verify runs in. One for all threads."""
 
     lock, process, verdicts = threading.Lock(), None, None
+    timeouts = 0  # comparisons that took too long and count as wrong; eval.py says how many
 
     @classmethod
     def start(cls) -> None:

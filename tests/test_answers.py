@@ -137,7 +137,9 @@ def test_a_judge_that_hangs_is_stopped_and_replaced():
     begin = time.monotonic()
     # Past looks_like_latex's bounds: an integral that takes the algebra system minutes.
     hard = "\\int_0^1 \\frac{\\sin(x^x)\\cos(\\tan(x^9))}{\\sqrt{x^7+\\log(x+\\pi)}} dx"
+    before = Judge.timeouts
     assert same_mathematics(hard, "\\frac{1}{7}" + hard) is False
+    assert Judge.timeouts == before + 1
     assert time.monotonic() - begin < 1
     assert same_mathematics("\\sqrt{12}", "2\\sqrt{3}")
 

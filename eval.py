@@ -28,7 +28,7 @@ from data.run import read_log, rewrite_log
 from data.tokenizer import Tokenizer
 from loss import distill_loss
 from model import Transformer, checkpoint_folder, choose_device
-from sample import check_sampling, generate
+from sample import Rollout, check_sampling, generate
 
 PART = 512  # responses between two calls of evaluate's keep()
 
@@ -161,6 +161,24 @@ def by_position(values: Tensor, position: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
+def score(
+    rollout: Rollout, student: Transformer, teacher: Transformer, *, stop_ids: tuple[int, ...], vocab: int,
+    temperature: float = 1.0, micro_batch: int = 16,
+) -> dict[str, Tensor]:
+    """Per response token, in the order of micro_batches: its position, and the statistics of distill_loss; float64."""
+    stats: dict[str, list] = {}
+    for tokens, mask, position in rollout.micro_batches(micro_batch):
+        tokens, mask = tokens.to(student.head.device), mask.to(student.head.device)
+        _, found = distill_loss(
+            student(tokens[:, :-1])[mask], student.head, teacher(tokens[:, :-1])[mask], teacher.head,
+            temperature=temperature, vocab=vocab, targets=tokens[:, 1:][mask], stop_ids=stop_ids,
+        )
+        for name, x in {**found, "position": position}.items():
+            stats.setdefault(name, []).append(x.double().cpu())
+    return {name: torch.cat(xs) for name, xs in stats.items()}
+
+
+@torch.no_grad()
 def measure_kl(
     student: Transformer,
     teacher: Transformer,
@@ -185,18 +203,10 @@ def measure_kl(
         student, prompts, max_new_tokens, stop_ids, temperature, generator=torch.Generator().manual_seed(seed),
         vocab=vocab, slots=batch_size,
     )
-    kl, where = [], []
-    for tokens, mask, position in rollout.micro_batches(micro_batch):
-        tokens, mask = tokens.to(student.head.device), mask.to(student.head.device)
-        hidden_s, hidden_t = student(tokens[:, :-1])[mask], teacher(tokens[:, :-1])[mask]
-        _, stats = distill_loss(
-            hidden_s, student.head, hidden_t, teacher.head, temperature=temperature, vocab=vocab,
-            stop_ids=stop_ids if stop_class else (),
-        )
-        kl.append(stats["kl"].cpu())
-        where.append(position)
+    stats = score(rollout, student, teacher, stop_ids=stop_ids if stop_class else (), vocab=vocab,
+                  temperature=temperature, micro_batch=micro_batch)  # fmt: skip
     return {
-        "kl": torch.cat(kl).double().mean().item(), "kl_by_position": by_position(torch.cat(kl), torch.cat(where)),
+        "kl": stats["kl"].mean().item(), "kl_by_position": by_position(stats["kl"], stats["position"]),
         "response_len": rollout.lens.double().mean().item(), "finish": rollout.finished.double().mean().item(),
         "seconds": time.perf_counter() - start,
     }
@@ -314,7 +324,7 @@ class Kept:
 
 
 if __name__ == "__main__":
-    from data import diagnose  # imports this file's wilson
+    from data import diagnose  # which imports this file
 
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command == "runs":

@@ -23,7 +23,7 @@ from data import InputError, flag, load_jsonl, resolve
 from data.answers import is_correct
 from data.run import read_log
 from data.tokenizer import Tokenizer, check_same
-from loss import distill_loss
+from eval import score, wilson
 from model import Transformer, checkpoint_folder, choose_device
 from sample import Rollout, generate
 
@@ -92,30 +92,14 @@ def answer(model, rows: list[dict], config: Config, stop_ids, vocab: int, forced
     )
 
 
-@torch.no_grad()
-def score(rollout: Rollout, student, teacher, config: Config, stop_ids, vocab: int) -> dict[str, torch.Tensor]:
-    """Per response token, in the order of micro_batches: its position, and the statistics of distill_loss."""
-    stats: dict[str, list] = {}
-    for tokens, mask, position in rollout.micro_batches(config.micro_batch):
-        tokens, mask = tokens.to(student.head.device), mask.to(student.head.device)
-        _, found = distill_loss(
-            student(tokens[:, :-1])[mask],
-            student.head,
-            teacher(tokens[:, :-1])[mask],
-            teacher.head,
-            vocab=vocab,
-            targets=tokens[:, 1:][mask],
-            stop_ids=stop_ids if config.stop_class else (),
-        )
-        for name, x in {**found, "position": position}.items():
-            stats.setdefault(name, []).append(x.double().cpu())
-    return {name: torch.cat(xs) for name, xs in stats.items()}
+def score_all(rollout: Rollout, student, teacher, config: Config, stop_ids, vocab: int) -> dict[str, torch.Tensor]:
+    """eval.py's score, by this command's flags."""
+    return score(rollout, student, teacher, stop_ids=stop_ids if config.stop_class else (), vocab=vocab,
+                 micro_batch=config.micro_batch)  # fmt: skip
 
 
 def accuracy(rollout: Rollout, rows: list[dict], tokenizer: Tokenizer) -> dict[str, float]:
     """Share right, and its Wilson 95% interval; the answer must be the row's."""
-    from eval import wilson
-
     right = sum(is_correct(tokenizer.decode(rollout.text_ids(i)), row["answer"]) for i, row in enumerate(rows))
     low, high = wilson(right, len(rows))
     return {"accuracy": right / len(rows), "low": low, "high": high}
@@ -245,7 +229,7 @@ def positions(config: Config) -> None:
     figure, grid = axes(2, 2)
     numbers = {"config": asdict(config)}
     for number, (name, student) in enumerate(students.items()):
-        stats = score(
+        stats = score_all(
             answer(student, rows[: config.num_problems], config, stop_ids, vocab),
             student,
             teacher,
@@ -395,7 +379,7 @@ def tokens(config: Config) -> None:
     page = [PAGE]
     for name, student in students.items():
         rollout = answer(student, [row], config, stop_ids, vocab)
-        stats = score(rollout, student, teacher, config, stop_ids, vocab)
+        stats = score_all(rollout, student, teacher, config, stop_ids, vocab)
         page.append(
             f"<h2>{html.escape(name)}</h2><p>Prompt, then its response; the redder a token, the larger the reverse KL "
             f"at its position. Mean {stats['kl'].mean():.3f} nats; hover for numbers.</p>{html.escape(row['prompt'])}"

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from data import HERE, InputError
 from data.books import activation_bytes, count_flops
 from data.prune import prune
-from model import KVCache, Transformer
+from model import KVCache, Transformer, few_rows
 from tests.reference import live
 
 SMALL = {
@@ -233,6 +233,16 @@ def test_flop_count_equals_torch(family):
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         (model(tokens)[:, -3:].reshape(6, 48) @ model.head.T).sum().backward()
     assert counter.get_total_flops() == pytest.approx(3 * count_flops(model.config, 60, 2 * 30 * 30, 6), rel=0.01)
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("rows", [1, 2, 5, 128])
+def test_few_rows_is_the_product_either_way_round(rows, capability, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    g = torch.Generator().manual_seed(rows)
+    weight, x = (torch.randn(n, 7, generator=g, dtype=torch.float64) for n in (11, rows))
+    found = few_rows(weight, x)
+    assert found.is_contiguous() and torch.allclose(found, x @ weight.T, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -98,14 +98,15 @@ def test_what_is_not_of_the_published_form_is_refused_and_nothing_is_written(nam
     assert list((tmp_path / "to").iterdir()) == []
 
 
-def test_sources_that_cannot_be_are_refused(tmp_path):
+def test_sources_that_cannot_be_are_refused(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="is the folder that is written to"):
         fetch.prepare(tmp_path, module("aime").SPLITS, str(tmp_path))
     with pytest.raises(InputError, match="train.jsonl: cannot be read"):
         fetch.prepare(tmp_path / "to", module("gsm8k").SPLITS, str(tmp_path))
+    (tmp_path / "mmlu_pro").mkdir()
+    (tmp_path / "mmlu_pro/prepare.py").write_text("")
+    monkeypatch.setattr("data.HERE", tmp_path)
     with pytest.raises(InputError, match="run python data/mmlu_pro/prepare.py first"):
-        if (HERE / "mmlu_pro/test.jsonl").exists():
-            pytest.skip("it is prepared here")
         resolve("mmlu_pro", "test")
     with pytest.raises(InputError, match="to test only"):
         resolve("aime24", "train")

@@ -53,6 +53,7 @@ from data.run import (
     load_checkpoint,
     load_pair,
     load_prompts,
+    longest_response,
     open_run,
     read_log,
     save_checkpoint,
@@ -86,6 +87,8 @@ class Config:
     prefix_start: int = flag(16, "where a growing prefix starts")
     schedule_steps: int = flag(0, "steps in which linear and staircase reach --prefix_len; 0 takes --steps")
     stair: int = flag(64, "tokens a stair of the staircase")
+    full_every: int = flag(0, "every this many steps, learn from whole responses (up to --max_new_tokens), which keeps "
+                           "what lies beyond a short prefix in place; 0 is never")  # fmt: skip
     window: str = flag("prefix", "what is supervised: the prefix, where sampling stops; or, as control experiments, "
                        "the first, last or random --prefix_len tokens of responses of --max_new_tokens")  # fmt: skip
     rollout: str = flag("student", "who writes the responses: student (on-policy), teacher, or data (its `solution`)")
@@ -184,11 +187,14 @@ def adapted_prefix(state: dict, kl: Tensor, position: Tensor, reached: float, co
 def drift_warning(kl: float, first_kl: float, finish: float, config: Config) -> str:
     """What to say of a step whose prefix has been learnt while most responses go on beyond it (LOG.md: on the embedded
     pair greedy accuracy fell from 0.97 to 0.57 from there on); empty when there is nothing to say."""
-    if config.schedule != "constant" or config.window != "prefix" or finish >= 0.5 or not kl < 0.1 * first_kl:
+    if config.schedule != "constant" or config.window != "prefix" or config.full_every:
+        return ""
+    if finish >= 0.5 or not kl < 0.1 * first_kl:
         return ""
     return (f"WARNING: the first {config.prefix_len} tokens are learnt (KL {kl:.3f}, at first {first_kl:.3f}) and "
-            "most responses are cut there: training on may spoil what lies beyond. Stop here, or let the prefix grow "
-            "(--schedule linear); the held-out KL by position in log.jsonl shows it")  # fmt: skip
+            "most responses are cut there: training on may spoil what lies beyond. Stop here, let the prefix grow "
+            "(--schedule linear), or learn from whole responses now and then (--full_every 5); the held-out KL by "
+            "position in log.jsonl shows it")  # fmt: skip
 
 
 def supervise_window(rollout: Rollout, length: int, window: str, generator: torch.Generator) -> None:
@@ -224,7 +230,7 @@ def respond(
     def ask_teacher(rows: range, at_most: int) -> None:
         """Let the teacher write for some rows. What goes to the cache is of full length, for whoever asks next."""
         if cache is not None:
-            at_most = config.prefix_len if config.window == "prefix" else config.max_new_tokens
+            at_most = longest_response(config)
         new = [i for i in rows if cache is None or batch[i]["prompt"] not in cache.responses]
         if new:
             seeds = None
@@ -438,6 +444,8 @@ def train(config: Config) -> None:
         clock = {"sample": 0.0, "teacher": 0.0, "student": 0.0}
         begin = tick(device)
         prefix_len = growth["prefix_len"] if config.schedule == "adaptive" else planned_prefix(step, config)
+        whole = config.full_every and (step + 1) % config.full_every == 0
+        prefix_len = config.max_new_tokens if whole else prefix_len
         generator = torch.Generator().manual_seed(config.seed + 104729 * (step + 1))
         rollout, wrote = respond(batch_of(rows, step, config), prefix_len, config, sampler, teacher, tokenizer,
                                  stop_ids, vocab, generator, cache)  # fmt: skip
@@ -495,7 +503,7 @@ def train(config: Config) -> None:
         first_kl = mean.get("kl", 0.0) if first_kl is None else first_kl
         if not warned and (warned := drift_warning(mean.get("kl", 0.0), first_kl, finish, config)):
             bar.write(warned)
-        if config.schedule == "adaptive":
+        if config.schedule == "adaptive" and not whole:
             reached = (rollout.lens >= prefix_len).double().mean().item()
             growth = adapted_prefix(growth, stats["kl"], stats["position"], reached, config)
 

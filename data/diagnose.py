@@ -37,6 +37,7 @@ class Config:
     student: str = flag("chains/student", "checkpoint folders or hub names, with commas between several")
     teacher: str = flag("chains/teacher", "checkpoint folder or hub name")
     data: str = flag("chains", "data set: a name (its test split) or a .jsonl file")
+    responses: str = flag("student", "positions: whose responses the two are compared on, student or teacher")
     num_problems: int = flag(200, "problems to answer, from the first")
     index: int = flag(0, "tokens: which problem")
     lens: str = flag("0,1,2,4,8,16,32,64,128", "teacher_prefix: how many tokens the other model writes first")
@@ -56,6 +57,8 @@ class Config:
 
 def load(config: Config):
     """(students by name, teacher, tokenizer, stop ids, real vocabulary, rows with their encoded prompts)"""
+    if config.responses not in ("student", "teacher"):
+        raise InputError(f"--responses {config.responses}: expected student or teacher")
     for name in ("num_problems", "max_new_tokens", "batch_size", "micro_batch"):
         if getattr(config, name) < 1:
             raise InputError(f"--{name} must be at least 1, found {getattr(config, name)}")
@@ -229,14 +232,10 @@ def positions(config: Config) -> None:
     figure, grid = axes(2, 2)
     numbers = {"config": asdict(config)}
     for number, (name, student) in enumerate(students.items()):
-        stats = score_all(
-            answer(student, rows[: config.num_problems], config, stop_ids, vocab),
-            student,
-            teacher,
-            config,
-            stop_ids,
-            vocab,
-        )
+        if config.responses == "student" or number == 0:
+            writer = student if config.responses == "student" else teacher
+            rollout = answer(writer, rows[: config.num_problems], config, stop_ids, vocab)
+        stats = score_all(rollout, student, teacher, config, stop_ids, vocab)
         at = stats["position"].long()
         count = torch.bincount(at).double()
         shown = (count >= min(10, config.num_problems)).nonzero()[:, 0]
@@ -245,7 +244,7 @@ def positions(config: Config) -> None:
         print(
             f"{name}: KL {stats['kl'].mean():.4f} nats a token over {len(at):,} tokens; share of all KL in the first "
             + ", ".join(f"{n}: {stats['kl'][at < n].sum() / total:.0%}" for n in (1, 4, 16, 64))
-            + " tokens"
+            + f" tokens; the student's perplexity {stats['student_logprob'].mean().neg().exp():.3f}"
         )
         edges = sorted({round(2 ** (i / 3)) for i in range(3 * 20)})  # drawn by thirds of an octave, or nothing is seen
         binned = torch.bucketize(at + 1, torch.tensor(edges), right=True) - 1
@@ -270,7 +269,7 @@ def positions(config: Config) -> None:
             panel.set(xlabel="response position (1 is the first)", ylabel=label, xscale="log")
     grid[0, 0].legend(fontsize=8)
     figure.suptitle(
-        f"Student against teacher by position; responses are the student's ({config.data})", fontsize=11
+        f"Student against teacher by position; responses are the {config.responses}'s ({config.data})", fontsize=11
     )
     write(figure, config.out or "positions.png", numbers)
 

@@ -39,7 +39,7 @@ def check_flags(config) -> None:
     bounds = (
         ("at least 1", 1, math.inf, "prefix_len steps batch_size max_new_tokens keep top_k prefix_start stair"),
         ("at least 0", 0, math.inf, "warmup weight_decay grad_clip eval_every eval_problems eval_kl save_every seed"),
-        ("at least 0", 0, math.inf, "memory schedule_steps micro_batch teacher_prefix iw_gamma eps"),
+        ("at least 0", 0, math.inf, "memory schedule_steps full_every micro_batch teacher_prefix iw_gamma eps"),
         ("positive", 5e-324, 1.7e308, "lr temperature"),
         ("in [0, 1)", 0, 1 - 2**-53, "beta1 beta2"),
         ("between 0 and 1", 0, 1, "mix"),
@@ -69,7 +69,16 @@ def check_flags(config) -> None:
     refuse(c.teacher_prefix > 0 and c.window != "prefix", "--teacher_prefix and --window exclude each other")
     refuse(bool(c.wandb_project) and importlib.util.find_spec("wandb") is None,
            "--wandb_project: there is no wandb here; pip install wandb")
+    refuse(c.full_every > 0 and c.window != "prefix", "--full_every and --window exclude each other: a window already "
+           "samples whole responses")
     refuse(c.resume and c.overwrite, "--resume and --overwrite contradict each other")
+
+
+def longest_response(config) -> int:
+    """Tokens of the longest response that a run may sample."""
+    if config.window != "prefix":
+        return config.max_new_tokens
+    return max(config.prefix_len, config.max_new_tokens if config.full_every else 0)
 
 
 def teacher_writes(config) -> bool:
@@ -127,8 +136,8 @@ def load_prompts(config, tokenizer: Tokenizer, models: list[Transformer]) -> tup
             row["solution_ids"] = tokenizer.encode(row["solution"])
         if not row["prompt_ids"]:
             raise InputError(f"--data {config.data}: a prompt is empty, and this tokenizer puts nothing before it")
-    flag_name = "prefix_len" if config.window == "prefix" else "max_new_tokens"
-    cap, longest = getattr(config, flag_name), max(len(row["prompt_ids"]) for row in rows)
+    cap, longest = longest_response(config), max(len(row["prompt_ids"]) for row in rows)
+    flag_name = "prefix_len" if cap == config.prefix_len else "max_new_tokens"
     for model in models:
         if longest + cap > model.config.max_position_embeddings:
             raise InputError(
@@ -307,7 +316,7 @@ class ResponseCache:
         self.path, self.responses = Path(config.teacher_cache), {}
         names = ("teacher", "data", "temperature", "chat", "system", "thinking", "seed")
         made = {name: getattr(config, name) for name in names}
-        made["cap"] = config.prefix_len if config.window == "prefix" else config.max_new_tokens
+        made["cap"] = longest_response(config)
         made["stop_ids"] = list(stop_ids)
         records = read_log(self.path) if self.path.is_file() else []
         for name, value in made.items():

@@ -1,3 +1,4 @@
+import itertools
 import json
 import random
 import shutil
@@ -12,6 +13,7 @@ from data import HERE, InputError, load_jsonl
 from data.answers import is_correct
 from data.chains import prepare
 from data.tokenizer import Tokenizer, byte_alphabet, check_same
+from data.walk import prepare as walk
 from tests.reference import solve
 
 TEACHER = HERE / "chains/teacher"
@@ -291,6 +293,57 @@ def test_worse_manners_are_mostly_wrong_and_the_responses_are_long():
     for mix, low, high in (((0, 1, 0), 0.3, 0.6), ((0, 0, 1), 0.05, 0.3)):
         rows = prepare.make_rows(500, "a", test=False, mix=mix)
         assert low < sum(is_correct(r["solution"], r["answer"]) for r in rows) / 500 < high
+
+
+# --- walks, the second task
+
+
+def follow(prompt: str) -> list[str]:
+    """The lines of a walk, from the prompt's text alone."""
+    *rules, start = prompt.strip().split("\n")
+    rules = dict(line.split("=") for line in rules)
+    name, rest = start.rstrip("?").split("=")
+    value, limit = map(int, rest.split())
+    lines = []
+    while value < limit:
+        after = value + int(rules[name][3:])
+        lines.append(f"{name}={rules[name]}={value}{rules[name][3:]}={after}")
+        name, value = rules[name][:3], after
+    return [*lines, f"#### {value}"]
+
+
+def test_a_walk_is_what_its_prompt_says():
+    rows = walk.make_rows(300, "x", False, (1.0, 0.0, 0.0), slip=0.0)
+    for row in rows:
+        assert row["solution"].split("\n") == follow(row["prompt"])
+        assert is_correct(row["solution"], row["answer"])
+    lines = [len(follow(row["prompt"])) - 1 for row in rows]
+    assert {4, 24} <= set(lines) <= set(range(4, 25)) and 12 < sum(lines) / 300 < 16
+    test = walk.make_rows(300, "x", True, (1.0, 0.0, 0.0), slip=0.0)
+    assert not {r["solution"] for r in rows} & {r["solution"] for r in test}
+    assert rows[:20] == walk.make_rows(20, "x", False, (1.0, 0.0, 0.0), slip=0.0)
+
+
+def test_a_careful_walker_mends_every_slip_and_the_others_none():
+    def wrong(line: str) -> bool:
+        total, result = line.split("=")[-2:]
+        at = max(total.rfind("+"), total.rfind("-"))
+        return int(total[:at]) + int(total[at:]) != int(result)
+
+    careful = walk.make_rows(300, "y", False, (1.0, 0.0, 0.0), slip=0.1)
+    slips = 0
+    for row in careful:
+        lines = row["solution"].split("\n")
+        for line, after in itertools.pairwise(lines[:-1]):
+            if wrong(line):
+                slips += 1
+                assert line.rsplit("=", 1)[0] == after.rsplit("=", 1)[0] and not wrong(after)
+        assert not wrong(lines[-2]) and is_correct(row["solution"], row["answer"])
+    assert 0.06 < slips / sum(len(follow(r["prompt"])) for r in careful) < 0.12
+    hasty = walk.make_rows(300, "y", False, (0.0, 0.0, 1.0))
+    first = [r["solution"].split("\n")[0] for r in hasty]
+    assert all(wrong(line) for line in first if line.split("=")[1][3] == "-" and not line.endswith("=0"))
+    assert sum(is_correct(r["solution"], r["answer"]) for r in hasty) < 100
 
 
 def test_a_template_that_refuses_is_reported(tmp_path):

@@ -48,6 +48,24 @@ def test_positions_are_the_definition_position_by_position(tmp_path):
     assert found["agree"]["mean"] == pytest.approx([sum(a for _, a in by_position[j]) / 4 for j in full])
 
 
+def test_positions_on_the_teachers_responses_say_how_the_student_finds_them(tmp_path, capsys):
+    c = config(tmp_path, num_problems=4, responses="teacher", student="chains/student,chains/teacher")
+    diagnose.positions(c)
+    first, second = (line for line in capsys.readouterr().out.splitlines() if "perplexity" in line)
+    students, teacher, _, stops, vocab, rows = diagnose.load(c)
+    rollout = generate(teacher, [r["prompt_ids"] for r in rows[:4]], 60, stops, vocab=vocab,
+                       generator=torch.Generator().manual_seed(c.seed))  # fmt: skip
+    logprobs = []
+    for i in range(4):
+        n, p = int(rollout.lens[i]), int(rollout.prompt_lens[i])
+        tokens, model = rollout.tokens[i, : n + p], students["chains/student"]
+        with torch.no_grad():
+            log_p = (model(tokens[None, :-1])[0, p - 1 :] @ model.head[:vocab].T).log_softmax(-1)
+        logprobs += log_p.gather(1, tokens[p:, None])[:, 0].tolist()
+    assert float(first.split()[-1]) == pytest.approx(math.exp(-sum(logprobs) / len(logprobs)), abs=1e-3)
+    assert "KL 0.0000" in second or "KL -0.0000" in second  # the teacher against itself
+
+
 def test_teacher_prefix_gives_what_it_says(tmp_path, capsys):
     diagnose.teacher_prefix(config(tmp_path, lens="0,4,60", num_problems=20))
     found = json.loads((tmp_path / "p.json").read_text())

@@ -190,6 +190,7 @@ def test_a_learnt_prefix_that_is_trained_on_is_warned_of():
     assert not train.drift_warning(0.08, 3.0, 0.9, config)  # most responses end before the cut
     assert not train.drift_warning(0.08, 3.0, 0.1, replace(config, schedule="linear"))
     assert not train.drift_warning(0.08, 3.0, 0.1, replace(config, window="first"))
+    assert not train.drift_warning(0.08, 3.0, 0.1, replace(config, full_every=5))
     assert not train.drift_warning(0.0, 0.0, 0.0, config)  # no teacher
 
 
@@ -235,6 +236,7 @@ def test_what_follows_the_window_costs_nothing(step):
     ("--schedule", "linear", "--prefix_start", "4"),
     ("--schedule", "adaptive", "--prefix_start", "4"),
     ("--window", "random"),
+    ("--full_every", "2"),
 ])
 def test_growing_and_windowed_runs_resume_where_they_were(flags, tmp_path):
     flags = (*TINY, *flags, "--schedule_steps", "3", "--eval_problems", "0", "--eval_kl", "0", "--max_new_tokens", "40")
@@ -244,7 +246,10 @@ def test_growing_and_windowed_runs_resume_where_they_were(flags, tmp_path):
         assert result.returncode == 0, result.stderr
     assert comparable(whole) == comparable(cut)
     lengths = [r["prefix_len"] for r in records(whole)]
-    assert lengths == ([4, 12, 20] if "linear" in flags else [20] * 3 if "random" in flags else [4] * 3)
+    expected = {"linear": [4, 12, 20], "adaptive": [4] * 3, "random": [20] * 3, "2": [20, 40, 20]}
+    assert lengths == expected[flags[len(TINY) + 1]]
+    if "--full_every" in flags:  # nothing is cut in the second step
+        assert [r["response_len"] > 20 for r in records(whole)] == [False, True, False]
     if "random" in flags:
         assert all(r["tokens"] <= 6 * 20 < r["response_len"] * 6 for r in records(whole))
 

@@ -212,6 +212,31 @@ def measure_kl(
     }
 
 
+def examine(
+    model: Transformer, teacher: Transformer | None, is_student: bool, tokenizer: Tokenizer, test: list[dict], config,
+    stop_ids: tuple[int, ...], vocab: int,
+) -> tuple[list[dict], str]:
+    """What train.py asks of a model during a run, by its `config`: the records for its log, and a line to show. A
+    student is judged greedily, sampled, and by its KL to the teacher; a teacher greedily only."""
+    records, said = [], []
+    common = {"max_new_tokens": config.max_new_tokens, "vocab": vocab, "stop_ids": stop_ids,
+              "batch_size": config.batch_size}  # fmt: skip
+    manners = (("greedy", 0.0), ("sampled", config.temperature))[: 2 if is_student else 1]
+    for manner, temperature in manners if config.eval_problems else ():
+        found, _ = evaluate(model, tokenizer, test[: config.eval_problems], temperature=temperature, progress=True,
+                            **common)  # fmt: skip
+        records.append({"manner": manner, **found})
+        said.append(f"{manner} accuracy {found['accuracy']:.3f}")
+    if config.eval_kl and teacher is not None and is_student:
+        found = measure_kl(
+            model, teacher, [tokenizer.encode_prompt(row["prompt"]) for row in test[: config.eval_kl]],
+            temperature=config.temperature, stop_class=config.stop_class, micro_batch=config.micro_batch, **common,
+        )
+        records.append({"manner": "kl", **found})
+        said.append(f"held-out KL {found['kl']:.4f} nats a token")
+    return records, ", ".join(said)
+
+
 @dataclass
 class Config:
     model: str = flag("chains/student", "checkpoint folder or hub name")

@@ -28,7 +28,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from data import InputError, flag, parse_flags, run_command
@@ -40,12 +39,13 @@ from data.books import (
     matmul_rate,
     peak_memory,
     plan,
-    predicted_memory,
     process_memory,
+    say_memory,
     tick,
     update_norm,
 )
 from data.diagnose import preflight
+from data.prefix import adapted_prefix, drift_warning, iw_weights, planned_prefix, supervise_window
 from data.run import (
     ResponseCache,
     check_flags,
@@ -60,7 +60,7 @@ from data.run import (
     summarize,
 )
 from data.tokenizer import Tokenizer
-from eval import by_position, evaluate, measure_kl
+from eval import by_position, examine
 from loss import LOSSES, distill_loss
 from model import Transformer, choose_device, free_memory
 from sample import Rollout, generate
@@ -137,7 +137,7 @@ class Config:
     plan_lens: str = flag("64,2048", "prompt and whole-response tokens that --plan assumes")
 
 
-# --- which prompts, how long a prefix, whose words
+# --- which prompts, and who answers them
 
 
 def batch_of(rows: list[dict], step: int, config: Config) -> list[dict]:
@@ -149,60 +149,6 @@ def batch_of(rows: list[dict], step: int, config: Config) -> list[dict]:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed + 7919 * epoch)).tolist()
         batch += [rows[order[i % len(rows)]] for i in wanted if i // len(rows) == epoch]
     return batch
-
-
-def planned_prefix(step: int, config: Config) -> int:
-    """The prefix length of a step (counted from 0) by the constant, linear and staircase schedules."""
-    if config.schedule == "constant":
-        return config.prefix_len
-    progress = min(1.0, step / max(1, (config.schedule_steps or config.steps) - 1))
-    grown = round(progress * (config.prefix_len - config.prefix_start))
-    if config.schedule == "staircase" and progress < 1:
-        grown = grown // config.stair * config.stair
-    return config.prefix_start + grown
-
-
-def adapted_prefix(state: dict, kl: Tensor, position: Tensor, reached: float, config: Config) -> dict:
-    """The adaptive schedule: what a step's KL (n,) at its response positions (n,) makes of its state.
-
-    The KL of the prefix's last half is smoothed over steps. What can be learnt there has been when it is down to a
-    tenth of what it was in the run's first step, or has not fallen by 5% below its lowest for three steps. Then the
-    prefix grows by half; but only if a quarter of the rollouts reached its end, for otherwise a longer one would
-    hold little more. After adaptive FastOPD (arXiv 2607.29494), whose four signals this reduces to two.
-    """
-    length, edge = state["prefix_len"], kl[position >= state["prefix_len"] // 2]
-    if not len(edge):
-        return state
-    now = edge.double().mean().item()
-    if state["smooth"] is None:
-        state = {"prefix_len": length, "smooth": now, "first": state.get("first", now), "lowest": now, "waited": -1}
-    smooth = 0.7 * state["smooth"] + 0.3 * now
-    fell = smooth < 0.95 * state["lowest"]
-    waited, lowest = (0, smooth) if fell else (state["waited"] + 1, state["lowest"])
-    if (waited >= 3 or now < 0.1 * state["first"]) and reached >= 0.25 and length < config.prefix_len:
-        return {**state, "prefix_len": min(config.prefix_len, math.ceil(1.5 * length)), "smooth": None}
-    return {**state, "smooth": smooth, "lowest": lowest, "waited": waited}
-
-
-def drift_warning(kl: float, first_kl: float, finish: float, config: Config) -> str:
-    """What to say of a step whose prefix has been learnt while most responses go on beyond it (LOG.md: on the embedded
-    pair greedy accuracy fell from 0.97 to 0.57 from there on); empty when there is nothing to say."""
-    if config.schedule != "constant" or config.window != "prefix" or config.full_every:
-        return ""
-    if finish >= 0.5 or not kl < 0.1 * first_kl:
-        return ""
-    return (f"WARNING: the first {config.prefix_len} tokens are learnt (KL {kl:.3f}, at first {first_kl:.3f}) and "
-            "most responses are cut there: training on may spoil what lies beyond. Stop here, let the prefix grow "
-            "(--schedule linear), or learn from whole responses now and then (--full_every 5); the held-out KL by "
-            "position in log.jsonl shows it")  # fmt: skip
-
-
-def supervise_window(rollout: Rollout, length: int, window: str, generator: torch.Generator) -> None:
-    """Of whole responses, supervise the first, last or a random run of `length` tokens; all of a shorter one."""
-    room = (rollout.lens - length).clamp(min=0)
-    start = {"first": room * 0, "last": room,
-             "random": (torch.rand(len(room), generator=generator, dtype=torch.float64) * (room + 1)).long()}[window]
-    rollout.supervised = torch.stack((start, (start + length).minimum(rollout.lens)), dim=1)
 
 
 def respond(
@@ -316,15 +262,6 @@ def train_on(
     return {name: torch.cat(values) for name, values in stats.items()}
 
 
-def iw_weights(log_ratio: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """IW-OPD's weights (arXiv 2606.22600): 1 + gamma (1 - F), with F the share of its row's sum of |log_ratio| that
-    lies before a token. log_ratio (n,) at the n places of mask (B, T-1); (n,)."""
-    size = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
-    size[mask] = log_ratio.abs().double()
-    before = (size.cumsum(1) - size) / size.sum(1, keepdim=True).clamp(min=1e-30)
-    return (1 + gamma * (1 - before[mask])).to(log_ratio.dtype)
-
-
 def learning_rate(step: int, config: Config) -> float:
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
@@ -373,13 +310,7 @@ def train(config: Config) -> None:
 
     rate = matmul_rate(device, dtype)
     print(f"{len(rows):,} prompts, {len(test):,} held-out; {device}, torch.mm at {rate / 1e9:,.0f} GFLOP/s")
-    peaks = [sum(parts.values()) for parts in predicted_memory(config, *configs, longest, config.micro_batch,
-                                                              process)]  # fmt: skip
-    print(f"memory: up to {peaks[0] / 1e9:.2f} GB while sampling, {peaks[1] / 1e9:.2f} while learning from "
-          f"{config.micro_batch} rows at once, if all responses are as long as may be; {free / 1e9:.2f} "
-          + ("allowed" if config.memory else "to be had"))  # fmt: skip
-    if max(peaks) > free:
-        print("WARNING: that is more than there is. --help says what to lower, --plan which part is the large one")
+    say_memory(config, *configs, longest, process, free)
     if teacher is not None and resume_from is None:
         lines, warnings = preflight(
             student, teacher, tokenizer, theirs, [row["prompt"] for row in batch_of(rows, 0, config)[:16]],
@@ -406,24 +337,11 @@ def train(config: Config) -> None:
             wandb.log({f"{prefix}/{k}" if prefix else k: v for k, v in record.items() if not isinstance(v, str)})
 
     def judge(model: Transformer, name: str, step: int) -> str:
-        """Evaluate on held-out data, log it, and say it in a line. Has generators of its own."""
-        said = []
-        common = {"max_new_tokens": config.max_new_tokens, "vocab": vocab, "stop_ids": stop_ids,
-                  "batch_size": config.batch_size}  # fmt: skip
-        manners = (("greedy", 0.0), ("sampled", config.temperature))[: 2 if name == "student" else 1]
-        for manner, temperature in manners if config.eval_problems else ():
-            found, _ = evaluate(model, tokenizer, test[: config.eval_problems], temperature=temperature, progress=True,
-                                **common)  # fmt: skip
-            log({"step": step, "eval": name, "manner": manner, **found})
-            said.append(f"{manner} accuracy {found['accuracy']:.3f}")
-        if config.eval_kl and teacher is not None and name == "student":
-            found = measure_kl(
-                model, teacher, [tokenizer.encode_prompt(row["prompt"]) for row in test[: config.eval_kl]],
-                temperature=config.temperature, stop_class=config.stop_class, micro_batch=config.micro_batch, **common,
-            )
-            log({"step": step, "eval": "student", "manner": "kl", **found})
-            said.append(f"held-out KL {found['kl']:.4f} nats a token")
-        return ", ".join(said)
+        """Evaluate on held-out data, log it, and say it in a line."""
+        found, said = examine(model, teacher, name == "student", tokenizer, test, config, stop_ids, vocab)
+        for record in found:
+            log({"step": step, "eval": name, **record})
+        return said
 
     if test and resume_from is None and config.init != "random":
         if teacher is not None and config.eval_problems:
@@ -443,9 +361,7 @@ def train(config: Config) -> None:
     for step in bar:
         clock = {"sample": 0.0, "teacher": 0.0, "student": 0.0}
         begin = tick(device)
-        prefix_len = growth["prefix_len"] if config.schedule == "adaptive" else planned_prefix(step, config)
-        whole = config.full_every and (step + 1) % config.full_every == 0
-        prefix_len = config.max_new_tokens if whole else prefix_len
+        prefix_len = planned_prefix(step, config, growth["prefix_len"])
         generator = torch.Generator().manual_seed(config.seed + 104729 * (step + 1))
         rollout, wrote = respond(batch_of(rows, step, config), prefix_len, config, sampler, teacher, tokenizer,
                                  stop_ids, vocab, generator, cache)  # fmt: skip
@@ -503,7 +419,7 @@ def train(config: Config) -> None:
         first_kl = mean.get("kl", 0.0) if first_kl is None else first_kl
         if not warned and (warned := drift_warning(mean.get("kl", 0.0), first_kl, finish, config)):
             bar.write(warned)
-        if config.schedule == "adaptive" and not whole:
+        if config.schedule == "adaptive" and prefix_len == growth["prefix_len"]:
             reached = (rollout.lens >= prefix_len).double().mean().item()
             growth = adapted_prefix(growth, stats["kl"], stats["position"], reached, config)
 

@@ -84,6 +84,16 @@ def predicted_memory(config, student, teacher, longest: int, micro_batch: int, p
     return [({"Python and its libraries": process} if process else {}) | p for p in parts]
 
 
+def say_memory(config, student, teacher, longest: int, process: int, free: float) -> None:
+    """Tell how much the run may take of the `free` bytes, and warn when it is more."""
+    peaks = [sum(p.values()) for p in predicted_memory(config, student, teacher, longest, config.micro_batch, process)]
+    print(f"memory: up to {peaks[0] / 1e9:.2f} GB while sampling, {peaks[1] / 1e9:.2f} while learning from "
+          f"{config.micro_batch} rows at once, if all responses are as long as may be; {free / 1e9:.2f} "
+          + ("allowed" if config.memory else "to be had"))  # fmt: skip
+    if max(peaks) > free:
+        print("WARNING: that is more than there is. --help says what to lower, --plan which part is the large one")
+
+
 def process_memory(device: torch.device, student: str) -> int:
     """Bytes the process holds besides the models, if they share its memory; 0 where they lie on a device, or off Linux.
     To be called before they are loaded."""

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data.run as run_folder
 import train
-from data import HERE, InputError, load_jsonl
+from data import HERE, InputError, load_jsonl, prefix
 from data.books import count_flops, flop_books
 from data.tokenizer import Tokenizer
 from eval import by_position
@@ -152,7 +152,7 @@ def test_positions_count_from_the_first_response_token(step):
 def test_planned_prefixes():
     def plan(**flags):
         config = train.Config(prefix_start=10, prefix_len=110, steps=11, stair=25, **flags)
-        return [train.planned_prefix(step, config) for step in range(13)]
+        return [prefix.planned_prefix(step, config) for step in range(13)]
 
     assert plan() == [110] * 13
     assert plan(schedule="linear") == [10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 110, 110]
@@ -169,7 +169,7 @@ def test_the_adaptive_prefix_grows_when_its_edge_is_learnt_and_reached():
         state, seen = {"prefix_len": 8, "smooth": None, "lowest": None, "waited": 0}, []
         for edge in edges:
             kl = torch.where(position < 4, 100.0, edge)  # what happens before the last half does not count
-            state = train.adapted_prefix(state, kl, position, reached, config)
+            state = prefix.adapted_prefix(state, kl, position, reached, config)
             seen.append(state["prefix_len"])
         return seen
 
@@ -179,19 +179,19 @@ def test_the_adaptive_prefix_grows_when_its_edge_is_learnt_and_reached():
     assert follow([1.0] * 12, reached=0.2) == [8] * 12  # responses end before
     assert follow([1.0] * 20)[-1] <= 20
     state = {"prefix_len": 8, "smooth": 1.0, "first": 1.0, "lowest": 1.0, "waited": 2}
-    short = train.adapted_prefix(state, torch.ones(2), torch.tensor([0, 1]), 1.0, config)
+    short = prefix.adapted_prefix(state, torch.ones(2), torch.tensor([0, 1]), 1.0, config)
     assert short == state  # nothing was said in the last half: nothing to judge by
 
 
 def test_a_learnt_prefix_that_is_trained_on_is_warned_of():
     config = train.Config(prefix_len=16)
-    assert "the first 16 tokens are learnt (KL 0.080" in train.drift_warning(0.08, 3.0, 0.1, config)
-    assert not train.drift_warning(0.5, 3.0, 0.1, config)  # not learnt yet
-    assert not train.drift_warning(0.08, 3.0, 0.9, config)  # most responses end before the cut
-    assert not train.drift_warning(0.08, 3.0, 0.1, replace(config, schedule="linear"))
-    assert not train.drift_warning(0.08, 3.0, 0.1, replace(config, window="first"))
-    assert not train.drift_warning(0.08, 3.0, 0.1, replace(config, full_every=5))
-    assert not train.drift_warning(0.0, 0.0, 0.0, config)  # no teacher
+    assert "the first 16 tokens are learnt (KL 0.080" in prefix.drift_warning(0.08, 3.0, 0.1, config)
+    assert not prefix.drift_warning(0.5, 3.0, 0.1, config)  # not learnt yet
+    assert not prefix.drift_warning(0.08, 3.0, 0.9, config)  # most responses end before the cut
+    assert not prefix.drift_warning(0.08, 3.0, 0.1, replace(config, schedule="linear"))
+    assert not prefix.drift_warning(0.08, 3.0, 0.1, replace(config, window="first"))
+    assert not prefix.drift_warning(0.08, 3.0, 0.1, replace(config, full_every=5))
+    assert not prefix.drift_warning(0.0, 0.0, 0.0, config)  # no teacher
 
 
 @pytest.mark.parametrize("window", ["first", "last", "random"])
@@ -199,7 +199,7 @@ def test_a_window_supervises_its_tokens_and_no_others(step, window):
     """Gradient and count against a loss written for one row and one position at a time."""
     student, teacher, rollout, tokenizer = step
     windowed = replace(rollout)
-    train.supervise_window(windowed, 7, window, torch.Generator().manual_seed(3))
+    prefix.supervise_window(windowed, 7, window, torch.Generator().manual_seed(3))
     spans = windowed.spans().tolist()
     for (start, end), n in zip(spans, rollout.lens.tolist()):
         assert end - start == min(7, n) and 0 <= start <= end <= n
@@ -226,7 +226,7 @@ def test_a_window_supervises_its_tokens_and_no_others(step, window):
 def test_what_follows_the_window_costs_nothing(step):
     student, teacher, rollout, _ = step
     windowed = replace(rollout)
-    train.supervise_window(windowed, 7, "first", torch.Generator())
+    prefix.supervise_window(windowed, 7, "first", torch.Generator())
     assert max(tokens.shape[1] for tokens, _, _ in windowed.micro_batches(4)) == int(rollout.prompt_lens.max()) + 7
     whole, part = (flop_books(r, student.config, teacher.config) for r in (rollout, windowed))
     assert part["flop_student"] < whole["flop_student"]

@@ -38,8 +38,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype.itemsize >= 4:
+        if x.dtype.itemsize >= 4 and torch.is_grad_enabled():  # one node in autograd's graph, but more to call
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if x.dtype.itemsize >= 4:
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
         # The mean of squares is taken in float32, as the checkpoints were trained; then back to x's dtype.
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
@@ -58,17 +60,18 @@ def few_rows(weight: Tensor, x: Tensor) -> Tensor:
     """x (b, I) weight^T -> (b, O), for the few rows of a decode step on a CPU, where it streams the weights (O, I).
 
     Intel's library is at the memory's speed with any number of rows on Intel's processors. On others it gets through
-    the large operand up to 4 times faster when that is the first one, W x^T, and for a single row, when that row is
-    computed twice (a product with a vector runs on one core); from 4 rows on, oneDNN is faster than either. It has no
-    public name in torch for float32; this one is what torch.compile writes.
+    the large operand up to 4 times faster when that is the first one, W x^T; a single row it keeps to one core, unless W
+    is cut into a batch of matrices; and from 4 rows on, oneDNN is faster than either. It has no public name in torch
+    for float32; this one is what torch.compile writes.
     """
     if INTEL or torch.compiler.is_compiling():
         return F.linear(x, weight)
     if len(x) >= 4 and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    if len(x) == 1:
-        return torch.mm(weight, x.expand(2, -1).contiguous().T)[:, :1].T.contiguous()
-    return torch.mm(weight, x.contiguous().T).T.contiguous()
+    if len(x) == 1 and len(weight) % 16 == 0 and weight.is_contiguous():
+        return torch.bmm(weight.view(16, -1, weight.shape[1]), x.contiguous().T.expand(16, -1, 1)).view(1, -1)
+    rows = x.expand(max(2, len(x)), -1).contiguous()  # one row of any other W: twice
+    return torch.mm(weight, rows.T).T[: len(x)].contiguous()
 
 
 def rope_frequencies(config) -> tuple[Tensor, float]:

@@ -238,11 +238,11 @@ def test_flop_count_equals_torch(family):
 
 @pytest.mark.parametrize("intel", [True, False])
 @pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-14), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 128])
-def test_few_rows_is_the_product_whichever_way_it_is_taken(rows, dtype, atol, intel, monkeypatch):
+@pytest.mark.parametrize("rows, outputs", [(1, 11), (1, 48), (2, 11), (3, 11), (4, 11), (5, 48), (128, 11)])
+def test_few_rows_is_the_product_whichever_way_it_is_taken(rows, outputs, dtype, atol, intel, monkeypatch):
     monkeypatch.setattr(model_file, "INTEL", intel)
     g = torch.Generator().manual_seed(rows)
-    weight, x = (torch.randn(n, 7, generator=g, dtype=dtype) for n in (11, rows))
+    weight, x = (torch.randn(n, 7, generator=g, dtype=dtype) for n in (outputs, rows))
     for given in (x, x.repeat(1, 2)[:, 3:10]):  # the second is not contiguous
         found = few_rows(weight, given)
         assert found.is_contiguous() and torch.allclose(found, given @ weight.T, rtol=0, atol=atol)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data import InputError, flag, load_jsonl, parse_flags, resolve, run_command
 from data.tokenizer import Tokenizer
-from model import KVCache, Transformer, checkpoint_folder, choose_device, few_rows, free_memory, head_dim_of
+from model import KVCache, Transformer, checkpoint_folder, choose_device, free_memory, head_dim_of, product
 
 PREFILL_TOKENS = 2**14  # prompts are read in groups of about so many tokens
 # Steps between looks at which rows have ended: a look waits for the device, which is free on a CPU. A row that ended in
@@ -258,7 +258,7 @@ def decode(job: Job, rows: list[int], slots: int, max_len: int, books: dict) -> 
 
     admit(list(range(slots)))
     while True:
-        logits = few_rows(head, hidden) if device.type == "cpu" else hidden @ head.T
+        logits = product(hidden, head) if device.type == "cpu" else hidden @ head.T
         drawn, drawn_logp = draw(logits, noise.gather(1, count.clamp(max=width - 1)[:, None])[:, 0], *job.cut)
         at = count.clamp(max=width - 1)[:, None]
         ids.scatter_(1, at, torch.where(active[:, None], drawn[:, None], ids.gather(1, at)))

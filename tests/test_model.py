@@ -10,7 +10,7 @@ import model as model_file
 from data import HERE, InputError
 from data.books import activation_bytes, count_flops
 from data.prune import prune
-from model import KVCache, Transformer, few_rows
+from model import KVCache, Linear, Transformer, product
 from tests.reference import live
 
 SMALL = {
@@ -222,10 +222,11 @@ def test_unusable_checkpoints_are_refused_by_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_flop_count_equals_torch(family):
+def test_flop_count_equals_torch(family, monkeypatch):
     """torch counts causal attention as the full square, so the count is compared under that convention."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    monkeypatch.setattr(model_file, "AMD", False)  # it does not count oneDNN's products
     model = live(FAMILIES[family], seed=9)
     tokens = torch.randint(0, 97, (2, 30))
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -236,18 +237,38 @@ def test_flop_count_equals_torch(family):
     assert counter.get_total_flops() == pytest.approx(3 * count_flops(model.config, 60, 2 * 30 * 30, 6), rel=0.01)
 
 
-@pytest.mark.parametrize("intel", [True, False])
+@pytest.mark.parametrize("amd", [True, False])
 @pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-14), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("rows, outputs", [(1, 11), (1, 48), (2, 11), (3, 11), (4, 11), (5, 48), (128, 11)])
-def test_few_rows_is_the_product_whichever_way_it_is_taken(rows, outputs, dtype, atol, intel, monkeypatch):
-    monkeypatch.setattr(model_file, "INTEL", intel)
+def test_product_is_the_product_whichever_way_it_is_taken(rows, outputs, dtype, atol, amd, monkeypatch):
+    monkeypatch.setattr(model_file, "AMD", amd)
     g = torch.Generator().manual_seed(rows)
     weight, x = (torch.randn(n, 7, generator=g, dtype=dtype) for n in (outputs, rows))
     for given in (x, x.repeat(1, 2)[:, 3:10]):  # the second is not contiguous
-        found = few_rows(weight, given)
+        found = product(given, weight)
         assert found.is_contiguous() and torch.allclose(found, given @ weight.T, rtol=0, atol=atol)
     sliced = weight.repeat(1, 2)[2:9, 4:11]  # nor is the weight
-    assert torch.allclose(few_rows(sliced, x), x @ sliced.T, rtol=0, atol=atol)
+    assert torch.allclose(product(x, sliced), x @ sliced.T, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_and_its_gradients_are_torchs(bias, monkeypatch):
+    monkeypatch.setattr(model_file, "AMD", True)
+    g = torch.Generator().manual_seed(1)
+    layer, x = Linear(48, 32, bias=bias), torch.randn(2, 9, 48, generator=g)
+    found, expected = [], []
+    plain = lambda x: torch.nn.functional.linear(x, layer.weight, layer.bias)
+    for forward, results in ((layer, found), (plain, expected)):
+        at = x.clone().requires_grad_()
+        y = forward(at)
+        results += [y, *torch.autograd.grad(y.square().sum(), [at, *layer.parameters()])]
+    assert len(found) == (4 if bias else 3)
+    for ours, theirs in zip(found, expected):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-4)
+    with torch.no_grad():
+        assert torch.allclose(layer(x), expected[0], rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,18 +15,17 @@ value reaches the limit:
     #### 20
 
 Here it took one line; a walk takes 4 to 24. Unlike a response of data/chains, which plans first and computes later, a
-walk does the same thing in its first line and in its last. And its teacher errs, rarely, and then *mends*: it writes
-the wrong line once more, right. So how to go on after a mistake can be learnt from it, if mistakes are there to see.
+walk does the same thing in its first line and in its last.
 
 Manners of answering:
-    careful     a line in fifty has a slip in the result, and is mended at once (the teacher's);
+    careful     a line in fifty has a slip in the result, and is written once more at once, right;
     careless    a line in ten has a slip, which all later lines inherit;
     hasty       never subtracts: adds what should be taken away, and slips as well, a line in twenty.
 
 `python data/walk/prepare.py` writes train.jsonl and test.jsonl. `--sft` also writes the text the pair was trained on:
-sft_careful.jsonl, and sft_mixed.jsonl for the student (20% careful, 20% careless, 60% hasty). A problem belongs to the
-test set if and only if a hash of its arithmetic (start, limit and steps, whatever the names and the order of the rules)
-falls in one sixteenth of the hash's range.
+for the teacher sft_careful.jsonl and then sft_clean.jsonl, the same without slips; for the student sft_mixed.jsonl (20%
+careful, 20% careless, 60% hasty). A problem belongs to the test set if and only if a hash of its arithmetic (start,
+limit and steps, whatever the names and the order of the rules) falls in one sixteenth of the hash's range.
 """
 
 import argparse
@@ -129,7 +128,7 @@ def make_rows(count: int, seed: str, test: bool, mix: tuple[float, float, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sft", action="store_true", help="also write the supervised text of the pair (90 MB)")
+    parser.add_argument("--sft", action="store_true", help="also write the supervised text of the pair (110 MB)")
     args = parser.parse_args()
     train = make_rows(8000, "train", False, (1.0, 0.0, 0.0), slip=0.0)
     test = make_rows(1000, "test", True, (1.0, 0.0, 0.0), slip=0.0)
@@ -138,6 +137,7 @@ def main() -> None:
     write_jsonl(HERE / "test.jsonl", test)
     if args.sft:
         write_jsonl(HERE / "sft_careful.jsonl", make_rows(60_000, "careful", False, (1.0, 0.0, 0.0)))
+        write_jsonl(HERE / "sft_clean.jsonl", make_rows(60_000, "clean", False, (1.0, 0.0, 0.0), slip=0.0))
         write_jsonl(HERE / "sft_mixed.jsonl", make_rows(60_000, "mixed", False, (0.2, 0.2, 0.6)))
 
 

@@ -40,9 +40,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype.itemsize >= 4 and torch.is_grad_enabled():  # one node in autograd's graph, but more to call
+        if x.dtype.itemsize >= 4 and (x.is_cuda or torch.is_grad_enabled()):
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        if x.dtype.itemsize >= 4:
+        if x.dtype.itemsize >= 4:  # the same in fewer calls, on a CPU
             return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
         # The mean of squares is taken in float32, as the checkpoints were trained; then back to x's dtype.
         wide = x.float()
@@ -54,8 +54,8 @@ class Linear(nn.Linear):
     """nn.Linear; in float32 on an AMD processor, by `product`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        elsewhere = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-        if elsewhere or not AMD or torch.compiler.is_compiling():
+        plain = not AMD or x.device.type != "cpu" or x.dtype != torch.float32
+        if plain or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return super().forward(x)
         rows = x.flatten(0, -2)
         y = Product.apply(rows, self.weight) if torch.is_grad_enabled() else product(rows, self.weight)
@@ -71,22 +71,24 @@ class Product(torch.autograd.Function):
         return product(x, weight)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        return product(grad, weight.T), product(grad.T, x.T)
+        to_x, to_weight = ctx.needs_input_grad
+        return product(grad, weight.T) if to_x else None, product(grad.T, x.T) if to_weight else None
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x (b, I) weight^T -> (b, O) on a CPU, the fastest way there is.
 
-    torch uses Intel's library, which is at its best with any b on Intel's own processors. On AMD's, oneDNN is 1.3 to
-    1.5 times faster from 4 rows on; it has no public name in torch for float32, and this one is what torch.compile
-    writes. The few rows of a decode step stream the weights: 2 or 3 are up to 4 times faster as W x^T, with x^T a view,
-    and a single one is given to one core only, unless W is cut into a batch of matrices.
+    torch uses Intel's library, which on the Intel processor measured was at its best with any b. On AMD's, in float32,
+    oneDNN is 1.3 to 1.5 times faster from 4 rows on; it has no public name in torch for float32, and this one is what
+    torch.compile writes. The few rows of a decode step stream the weights: 2 or 3 are up to 4 times faster as W x^T,
+    with x^T a view, and a single one is given to one core only, unless W is cut into a batch of matrices.
     """
-    if not AMD:
+    if not AMD or not x.dtype == weight.dtype == torch.float32:
         return F.linear(x, weight)
-    if len(x) >= 4 and x.dtype == weight.dtype == torch.float32:
+    if len(x) >= 4:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     if len(x) == 1 and len(weight) % 16 == 0 and weight.is_contiguous():
         return torch.bmm(weight.view(16, -1, weight.shape[1]), x.contiguous().T.expand(16, -1, 1)).view(1, -1)

@@ -117,7 +117,7 @@ class Config:
     eval_every: int = flag(0, "evaluate every this many steps, besides before and after; 0 is off", group="evaluation")
     eval_problems: int = flag(500, "held-out problems to answer; 0 measures no accuracy")
     eval_kl: int = flag(100, "held-out prompts to measure the reverse KL on, over whole responses of the student, or 0")
-    max_new_tokens: int = flag(512, "cap on responses in evaluation")
+    max_new_tokens: int = flag(512, "cap on responses in evaluation, with --window and with --full_every")
 
     micro_batch: int = flag(0, "rows that go forward and backward at once; 0 takes what --memory holds. The result is "
                             "the same; lower it when memory runs out in learning", group="the machine")  # fmt: skip

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from data import InputError
+from data.prefix import longest_response
 from loss import MEMORY_BUDGET, TILE
 from model import Transformer, checkpoint_folder, choose_device, free_memory, head_dim_of, load_config
 from sample import Rollout
@@ -144,12 +145,14 @@ def plan(config) -> None:
     device = choose_device(config.device)
     config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     student, teacher = (load_config(checkpoint_folder(c, ("config.json",))) for c in (config.student, config.teacher))
-    L, free = min(config.prefix_len, whole), config.memory * 2**30 or int(0.9 * free_memory(device))
-    micro_batch = config.micro_batch or choose_micro_batch(config, student, teacher, prompt + L, free)
+    L, longest = min(config.prefix_len, whole), min(longest_response(config), whole)
+    free = config.memory * 2**30 or int(0.9 * free_memory(device))
+    micro_batch = config.micro_batch or choose_micro_batch(config, student, teacher, prompt + longest, free)
     print(f"student {config.student}: {count_parameters(student):,} parameters; teacher {config.teacher}: "
           f"{count_parameters(teacher):,}\nassumed: prompts of {prompt} tokens, whole responses of {whole}, batch "
-          f"{config.batch_size}, micro-batch {micro_batch}, {config.dtype}\n\nmemory at --prefix_len {L}, GB")
-    peaks = sampling, learning = predicted_memory(config, student, teacher, prompt + L, micro_batch,
+          f"{config.batch_size}, micro-batch {micro_batch}, {config.dtype}\n\n"
+          f"memory with responses of {longest} tokens, GB")
+    peaks = sampling, learning = predicted_memory(config, student, teacher, prompt + longest, micro_batch,
                                                     process_memory(device, config.student))  # fmt: skip
     for part in sampling | learning:
         print(f"  {part:48}" + "".join(f"{x[part] / 1e9:10.2f}" if part in x else " " * 10 for x in peaks))
@@ -168,6 +171,9 @@ def plan(config) -> None:
         shown = (f"{x / 1e12:,.0f}" if x > 1e15 else f"{x / 1e12:.4g}" for x in (*parts, sum(parts)))
         print(f"  {length:10,}" + "".join(f" {x:>12}" for x in shown)
               + f"  {full / sum(parts):5.1f}x")
+    if config.full_every:
+        mean = sum(step_flops(L)) + (sum(step_flops(longest)) - sum(step_flops(L))) / config.full_every
+        print(f"  --full_every {config.full_every}: {mean / 1e12:.4g} a step on average, {full / mean:.1f}x")
 
 
 def update_norm(optimizer) -> float:

@@ -25,6 +25,13 @@ def planned_prefix(step: int, config, adapted: int = 0) -> int:
     return config.prefix_start + grown
 
 
+def longest_response(config) -> int:
+    """Tokens of the longest response that a run may sample."""
+    if config.window != "prefix":
+        return config.max_new_tokens
+    return max(config.prefix_len, config.max_new_tokens if config.full_every else 0)
+
+
 def adapted_prefix(state: dict, kl: Tensor, position: Tensor, reached: float, config) -> dict:
     """The adaptive schedule: what a step's KL (n,) at its response positions (n,) makes of its state.
 
@@ -55,9 +62,9 @@ def drift_warning(kl: float, first_kl: float, finish: float, config) -> str:
     if finish >= 0.5 or not kl < 0.1 * first_kl:
         return ""
     return (f"WARNING: the first {config.prefix_len} tokens are learnt (KL {kl:.3f}, at first {first_kl:.3f}) and "
-            "most responses are cut there: training on may spoil what lies beyond. Stop here, let the prefix grow "
-            "(--schedule linear), or learn from whole responses now and then (--full_every 5); the held-out KL by "
-            "position in log.jsonl shows it")  # fmt: skip
+            "most responses are cut there: training on may spoil what lies beyond. Stop here; or start again and let "
+            "the prefix grow (--schedule linear), or learn from whole responses now and then (--full_every 5); the "
+            "held-out KL by position in log.jsonl shows it")  # fmt: skip
 
 
 def supervise_window(rollout: Rollout, length: int, window: str, generator: torch.Generator) -> None:

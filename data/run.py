@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data import HERE, InputError, load_jsonl, read_json, resolve
+from data.prefix import longest_response
 from data.tokenizer import Tokenizer, check_same
 from loss import LOSSES
 from model import Transformer, checkpoint_folder, load_config
@@ -69,16 +70,12 @@ def check_flags(config) -> None:
     refuse(c.teacher_prefix > 0 and c.window != "prefix", "--teacher_prefix and --window exclude each other")
     refuse(bool(c.wandb_project) and importlib.util.find_spec("wandb") is None,
            "--wandb_project: there is no wandb here; pip install wandb")
+    refuse(c.full_every > 0 and c.max_new_tokens <= c.prefix_len,
+           f"--full_every: whole responses, of up to --max_new_tokens {c.max_new_tokens}, must have room for more than "
+           f"--prefix_len {c.prefix_len}")
     refuse(c.full_every > 0 and c.window != "prefix", "--full_every and --window exclude each other: a window already "
            "samples whole responses")
     refuse(c.resume and c.overwrite, "--resume and --overwrite contradict each other")
-
-
-def longest_response(config) -> int:
-    """Tokens of the longest response that a run may sample."""
-    if config.window != "prefix":
-        return config.max_new_tokens
-    return max(config.prefix_len, config.max_new_tokens if config.full_every else 0)
 
 
 def teacher_writes(config) -> bool:
@@ -277,7 +274,9 @@ def summarize(log_path: Path, saved: Path, cut: bool) -> None:
     steps, judged = [r for r in records if "loss" in r], [r for r in records if "eval" in r]
     first, final = steps[0], steps[-1]
     note = " (interrupted; go on with --resume)" if cut else ""
-    print(f"\nafter {final['step']} steps{note}: loss {first['loss']:.4f} -> {final['loss']:.4f}")
+    alike = [r for r in steps if r["prefix_len"] == first["prefix_len"]][-1]  # whole responses are not to be compared
+    where = "" if alike is final else f" at step {alike['step']}, the last of prefix_len {first['prefix_len']}"
+    print(f"\nafter {final['step']} steps{note}: loss {first['loss']:.4f} -> {alike['loss']:.4f}{where}")
     for manner in ("greedy", "sampled", "kl"):
         mine = [r for r in judged if r["eval"] == "student" and r["manner"] == manner]
         if not mine or mine[-1]["step"] != final["step"]:

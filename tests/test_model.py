@@ -237,9 +237,13 @@ def test_flop_count_equals_torch(family, monkeypatch):
     assert counter.get_total_flops() == pytest.approx(3 * count_flops(model.config, 60, 2 * 30 * 30, 6), rel=0.01)
 
 
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
 @pytest.mark.parametrize("amd", [True, False])
 @pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-14), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("rows, outputs", [(1, 11), (1, 48), (2, 11), (3, 11), (4, 11), (5, 48), (128, 11)])
+@needs_onednn
 def test_product_is_the_product_whichever_way_it_is_taken(rows, outputs, dtype, atol, amd, monkeypatch):
     monkeypatch.setattr(model_file, "AMD", amd)
     g = torch.Generator().manual_seed(rows)
@@ -252,10 +256,12 @@ def test_product_is_the_product_whichever_way_it_is_taken(rows, outputs, dtype, 
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_linear_layer_and_its_gradients_are_torchs(bias, monkeypatch):
+@pytest.mark.parametrize("rows", [1, 2, 3, 9])
+@needs_onednn
+def test_a_linear_layer_and_its_gradients_are_torchs(rows, bias, monkeypatch):
     monkeypatch.setattr(model_file, "AMD", True)
     g = torch.Generator().manual_seed(1)
-    layer, x = Linear(48, 32, bias=bias), torch.randn(2, 9, 48, generator=g)
+    layer, x = Linear(48, 32, bias=bias), torch.randn(1, rows, 48, generator=g)
     found, expected = [], []
     plain = lambda x: torch.nn.functional.linear(x, layer.weight, layer.bias)
     for forward, results in ((layer, found), (plain, expected)):
@@ -269,6 +275,14 @@ def test_a_linear_layer_and_its_gradients_are_torchs(bias, monkeypatch):
         assert torch.allclose(layer(x), expected[0], rtol=1e-5, atol=1e-5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
+    layer.requires_grad_(False)  # the gradient passes through frozen weights all the same
+    at = x.clone().requires_grad_()
+    layer(at).square().sum().backward()
+    assert torch.equal(at.grad, found[1]) and layer.weight.grad is None
+    at = x.clone().requires_grad_()
+    first, = torch.autograd.grad(layer(at).square().sum(), at, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

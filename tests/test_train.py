@@ -160,6 +160,8 @@ def test_planned_prefixes():
     assert plan(schedule="linear", schedule_steps=3) == [10, 60] + [110] * 11
     assert plan(schedule="staircase") == [10, 10, 10, 35, 35, 60, 60, 60, 85, 85, 110, 110, 110]
     assert plan(schedule="linear", schedule_steps=1)[1:] == [110] * 12
+    assert plan(full_every=4, max_new_tokens=300) == [110, 110, 110, 300] * 3 + [110]
+    assert plan(schedule="adaptive") == [0] * 13  # what it has grown to is told by the caller
 
 
 def test_the_adaptive_prefix_grows_when_its_edge_is_learnt_and_reached():
@@ -238,6 +240,7 @@ def test_what_follows_the_window_costs_nothing(step):
     ("--schedule", "adaptive", "--prefix_start", "4"),
     ("--window", "random"),
     ("--full_every", "2"),
+    ("--full_every", "2", "--schedule", "adaptive", "--prefix_start", "4"),
 ])
 def test_growing_and_windowed_runs_resume_where_they_were(flags, tmp_path):
     flags = (*TINY, *flags, "--schedule_steps", "3", "--eval_problems", "0", "--eval_kl", "0", "--max_new_tokens", "40")
@@ -247,10 +250,12 @@ def test_growing_and_windowed_runs_resume_where_they_were(flags, tmp_path):
         assert result.returncode == 0, result.stderr
     assert comparable(whole) == comparable(cut)
     lengths = [r["prefix_len"] for r in records(whole)]
-    expected = {"linear": [4, 12, 20], "adaptive": [4] * 3, "random": [20] * 3, "2": [20, 40, 20]}
-    assert lengths == expected[flags[len(TINY) + 1]]
-    if "--full_every" in flags:  # nothing is cut in the second step
+    usual = [4, 12, 20] if "linear" in flags else [4] * 3 if "adaptive" in flags else [20] * 3
+    assert lengths == ([usual[0], 40, usual[2]] if "--full_every" in flags else usual)
+    if "--full_every" in flags:  # nothing is cut in the second step, of which the adaptive schedule takes no notice
         assert [r["response_len"] > 20 for r in records(whole)] == [False, True, False]
+        growth = [json.loads((folder / "state.json").read_text())["growth"] for folder in sorted(whole.glob("step_*"))]
+        assert "adaptive" not in flags or growth[-1]["waited"] == 1  # after three steps, two of them short
     if "random" in flags:
         assert all(r["tokens"] <= 6 * 20 < r["response_len"] * 6 for r in records(whole))
 

@@ -20,7 +20,7 @@ walk does the same thing in its first line and in its last.
 Manners of answering:
     careful     a line in fifty has a slip in the result, and is written once more at once, right;
     careless    a line in ten has a slip, which all later lines inherit;
-    hasty       never subtracts: adds what should be taken away, and slips as well, a line in twenty.
+    hasty       adds what should be taken away; and slips as well, a line in twenty at most.
 
 `python data/walk/prepare.py` writes train.jsonl and test.jsonl. `--sft` also writes the text the pair was trained on:
 for the teacher sft_careful.jsonl and then sft_clean.jsonl, the same without slips; for the student sft_mixed.jsonl (20%
@@ -128,7 +128,7 @@ def make_rows(count: int, seed: str, test: bool, mix: tuple[float, float, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sft", action="store_true", help="also write the supervised text of the pair (110 MB)")
+    parser.add_argument("--sft", action="store_true", help="also write the supervised text of the pair (70 MB)")
     args = parser.parse_args()
     train = make_rows(8000, "train", False, (1.0, 0.0, 0.0), slip=0.0)
     test = make_rows(1000, "test", True, (1.0, 0.0, 0.0), slip=0.0)

@@ -51,42 +51,26 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """nn.Linear; in float32 on an AMD processor, by `product`."""
+    """nn.Linear; the few rows of a decode step on an AMD processor by `product`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = not AMD or x.device.type != "cpu" or x.dtype != torch.float32
-        if plain or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        many = torch.is_grad_enabled() or x.numel() > 128 * x.shape[-1]
+        if many or not AMD or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
-        rows = x.flatten(0, -2)
-        y = Product.apply(rows, self.weight) if torch.is_grad_enabled() else product(rows, self.weight)
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
-
-
-class Product(torch.autograd.Function):
-    """product(x, W), and its gradients by the same means."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return product(x, weight)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        to_x, to_weight = ctx.needs_input_grad
-        return product(grad, weight.T) if to_x else None, product(grad.T, x.T) if to_weight else None
+        y = product(x.flatten(0, -2), self.weight)
+        return (y if self.bias is None else y.add_(self.bias)).view(*x.shape[:-1], -1)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x (b, I) weight^T -> (b, O) on a CPU, the fastest way there is.
+    """x (b, I) weight^T -> (b, O) for few rows on a CPU, which is to stream the weights.
 
     torch uses Intel's library, which on the Intel processor measured was at its best with any b. On AMD's, in float32,
-    oneDNN is 1.3 to 1.5 times faster from 4 rows on; it has no public name in torch for float32, and this one is what
-    torch.compile writes. The few rows of a decode step stream the weights: 2 or 3 are up to 4 times faster as W x^T,
-    with x^T a view, and a single one is given to one core only, unless W is cut into a batch of matrices.
+    oneDNN is faster from 4 rows on; it has no public name in torch, and this one is what torch.compile writes. 2 or 3
+    rows are up to 4 times faster as W x^T, with x^T a view, and a single one is given to one core only, unless W is cut
+    into a batch of matrices. (oneDNN keeps 0.1 GB of kernels for the shapes of decoding. In training, whose shapes are
+    without number, it was faster too, but its memory went on growing: LOG.md.)
     """
-    if not AMD or not x.dtype == weight.dtype == torch.float32:
+    if not AMD or torch.compiler.is_compiling() or not x.dtype == weight.dtype == torch.float32:
         return F.linear(x, weight)
     if len(x) >= 4:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")

@@ -256,33 +256,17 @@ def test_product_is_the_product_whichever_way_it_is_taken(rows, outputs, dtype, 
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 2, 3, 9])
+@pytest.mark.parametrize("rows", [1, 3, 9, 200])
 @needs_onednn
-def test_a_linear_layer_and_its_gradients_are_torchs(rows, bias, monkeypatch):
+def test_a_linear_layer_is_torchs(rows, bias, monkeypatch):
     monkeypatch.setattr(model_file, "AMD", True)
-    g = torch.Generator().manual_seed(1)
-    layer, x = Linear(48, 32, bias=bias), torch.randn(1, rows, 48, generator=g)
-    found, expected = [], []
-    plain = lambda x: torch.nn.functional.linear(x, layer.weight, layer.bias)
-    for forward, results in ((layer, found), (plain, expected)):
-        at = x.clone().requires_grad_()
-        y = forward(at)
-        results += [y, *torch.autograd.grad(y.square().sum(), [at, *layer.parameters()])]
-    assert len(found) == (4 if bias else 3)
-    for ours, theirs in zip(found, expected):
-        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-4)
+    layer, x = Linear(48, 32, bias=bias), torch.randn(2, rows, 48, generator=torch.Generator().manual_seed(1))
+    plain = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    assert torch.equal(layer(x), plain) and layer(x).requires_grad  # in training it is torch's own
     with torch.no_grad():
-        assert torch.allclose(layer(x), expected[0], rtol=1e-5, atol=1e-5)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
-    layer.requires_grad_(False)  # the gradient passes through frozen weights all the same
-    at = x.clone().requires_grad_()
-    layer(at).square().sum().backward()
-    assert torch.equal(at.grad, found[1]) and layer.weight.grad is None
-    at = x.clone().requires_grad_()
-    first, = torch.autograd.grad(layer(at).square().sum(), at, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+        assert torch.allclose(layer(x), plain, rtol=1e-5, atol=1e-5) and not layer(x).requires_grad
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -20,30 +20,17 @@ When memory runs out, lower --prefix_len, then --batch_size (sampling) or --micr
 
 import copy
 import functools
-import json
 import math
 import signal
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data import InputError, flag, parse_flags, run_command
-from data.books import (
-    choose_micro_batch,
-    count_flops,
-    flop_books,
-    keep_freed_memory,
-    matmul_rate,
-    peak_memory,
-    plan,
-    process_memory,
-    say_memory,
-    tick,
-    update_norm,
-)
+from data import InputError, books, flag, parse_flags, run_command
+from data.books import tick
 from data.diagnose import preflight
 from data.prefix import adapted_prefix, drift_warning, iw_weights, planned_prefix, supervise_window
 from data.run import (
@@ -55,7 +42,6 @@ from data.run import (
     load_prompts,
     longest_response,
     open_run,
-    read_log,
     save_checkpoint,
     summarize,
 )
@@ -165,12 +151,14 @@ def respond(
     cap = prefix_len if config.window == "prefix" else config.max_new_tokens
     prompts, given = [row["prompt_ids"] for row in batch], [[] for _ in batch]
     ready = round(config.mix * len(batch)) if config.rollout == "student" else len(batch)  # rows given whole
-    books = {"sampled": 0, "flop_sample": 0.0}
+    wrote = {"sampled": 0, "flop_sample": 0.0}
 
     def account(rollout: Rollout, writer: Transformer) -> Rollout:
         heads = int((rollout.lens - rollout.forced_lens).sum())
-        books["sampled"] += heads
-        books["flop_sample"] += count_flops(writer.config, rollout.prefilled + rollout.decoded, rollout.pairs, heads)
+        wrote["sampled"] += heads
+        wrote["flop_sample"] += books.count_flops(
+            writer.config, rollout.prefilled + rollout.decoded, rollout.pairs, heads
+        )
         return rollout
 
     def ask_teacher(rows: range, at_most: int) -> None:
@@ -205,7 +193,7 @@ def respond(
     rollout.supervised = torch.stack((start, rollout.lens), dim=1)
     if config.window != "prefix":
         supervise_window(rollout, prefix_len, config.window, generator)
-    return rollout, books
+    return rollout, wrote
 
 
 # --- the step
@@ -277,10 +265,11 @@ def learning_rate(step: int, config: Config) -> float:
 def train(config: Config) -> None:
     check_flags(config)
     if config.plan:
-        return plan(config)
+        return books.plan(config)
     device = choose_device(config.device)
-    keep_freed_memory(device)
-    free, process = config.memory * 2**30 or int(0.9 * free_memory(device)), process_memory(device, config.student)
+    books.keep_freed_memory(device)
+    free = config.memory * 2**30 or int(0.9 * free_memory(device))
+    process = books.process_memory(device, config.student)
     config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     resume_from = find_run(config)
     dtype = getattr(torch, config.dtype)
@@ -295,7 +284,7 @@ def train(config: Config) -> None:
     if config.compile:
         forwards = tuple(torch.compile(m, dynamic=True) if m is not None else None for m in (student, scorer))
     configs = student.config, teacher.config if teacher is not None else None
-    config.micro_batch = config.micro_batch or choose_micro_batch(config, *configs, longest, free)
+    config.micro_batch = config.micro_batch or books.choose_micro_batch(config, *configs, longest, free)
     matrices = [p for p in student.parameters() if p.dim() > 1]
     vectors = [p for p in student.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
@@ -308,9 +297,9 @@ def train(config: Config) -> None:
         first_step, totals, growth = load_checkpoint(resume_from, student, optimizer)
     cache = ResponseCache(config, stop_ids) if config.teacher_cache else None
 
-    rate = matmul_rate(device, dtype)
+    rate = books.matmul_rate(device, dtype)
     print(f"{len(rows):,} prompts, {len(test):,} held-out; {device}, torch.mm at {rate / 1e9:,.0f} GFLOP/s")
-    say_memory(config, *configs, longest, process, free)
+    books.say_memory(config, *configs, longest, process, free)
     if teacher is not None and resume_from is None:
         lines, warnings = preflight(
             student, teacher, tokenizer, theirs, [row["prompt"] for row in batch_of(rows, 0, config)[:16]],
@@ -321,26 +310,13 @@ def train(config: Config) -> None:
     else:
         print(f"first prompt as the model sees it: {tokenizer.decode(rows[0]['prompt_ids'])!r}")
 
-    open_run(config, None if resume_from is None else first_step)
-    log_path = Path(config.out_dir) / "log.jsonl"
-    wandb = None
-    if config.wandb_project:
-        import wandb
-
-        wandb.init(project=config.wandb_project, name=Path(config.out_dir).name, config=asdict(config))
-
-    def log(record: dict) -> None:
-        with open(log_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        if wandb is not None:
-            prefix = "/".join(record[k] for k in ("eval", "manner") if k in record)
-            wandb.log({f"{prefix}/{k}" if prefix else k: v for k, v in record.items() if not isinstance(v, str)})
+    log = open_run(config, None if resume_from is None else first_step)
 
     def judge(model: Transformer, name: str, step: int) -> str:
         """Evaluate on held-out data, log it, and say it in a line."""
         found, said = examine(model, teacher, name == "student", tokenizer, test, config, stop_ids, vocab)
         for record in found:
-            log({"step": step, "eval": name, **record})
+            log.write({"step": step, "eval": name, **record})
         return said
 
     if test and resume_from is None and config.init != "random":
@@ -351,7 +327,7 @@ def train(config: Config) -> None:
     def save(step: int) -> Path:
         return save_checkpoint(config, student, tokenizer, stop_ids, optimizer, step, totals, growth)
 
-    before = [r for r in read_log(log_path) if "loss" in r and "kl" in r] if resume_from is not None else []
+    before = [r for r in log.records() if "loss" in r and "kl" in r]
     first_kl, warned = before[0]["kl"] if before else None, ""
     interrupted = []
     signal.signal(
@@ -394,26 +370,17 @@ def train(config: Config) -> None:
         clock["student"] += tick(device) - start
         seconds = tick(device) - begin
 
-        # The books.
-        flop = {"flop_sample": wrote["flop_sample"], **flop_books(
-            rollout, student.config, scorer.config if scorer is not None else None, config.iw_gamma > 0
-        )}  # fmt: skip
-        totals["tokens_sampled"] += wrote["sampled"]
-        totals["tokens_scored"] += n if scorer is not None else 0
-        totals["tokens_trained"] += n
-        totals["flop"] += sum(flop.values())
-        totals["seconds"] += seconds
         mean = {k: v.double().mean().item() for k, v in stats.items() if k != "position"}
         finish = rollout.finished.double().mean().item()
-        log({
+        log.write({
             "step": step + 1, "prefix_len": prefix_len, **mean,
             "kl_by_position": by_position(stats["kl"], stats["position"]) if "kl" in stats else {},
             "finish": finish, "capped": 1 - finish, "response_len": rollout.lens.double().mean().item(), "tokens": n,
-            **flop, **{f"seconds_{k}": v for k, v in clock.items()}, "tokens_per_s": n / seconds,
-            "flop_per_s": sum(flop.values()) / seconds, "matmul_share": sum(flop.values()) / seconds / rate,
-            "peak_memory": peak_memory(device), "lr": learning_rate(step, config), "grad_norm": grad_norm,
-            "update_norm": update_norm(optimizer), **{f"total_{k}": v for k, v in totals.items()},
-        })
+            **books.account(rollout, wrote, student.config, scorer and scorer.config, config.iw_gamma > 0, clock,
+                            seconds, rate, totals),
+            "peak_memory": books.peak_memory(device), "lr": learning_rate(step, config), "grad_norm": grad_norm,
+            "update_norm": books.update_norm(optimizer), **{f"total_{k}": v for k, v in totals.items()},
+        })  # fmt: skip
         bar.set_postfix_str(f"loss {mean['loss']:.4f}, KL/token {mean.get('kl', math.nan):.4f}, prefix_len "
                             f"{prefix_len}, {n / seconds:,.0f} tok/s")  # fmt: skip
         first_kl = mean.get("kl", 0.0) if first_kl is None else first_kl
@@ -435,11 +402,10 @@ def train(config: Config) -> None:
     if first_step >= config.steps:
         print(f"the run in {config.out_dir} has its {config.steps} steps already")
         saved = resume_from
-    if test and not interrupted and not any("eval" in r and r["step"] >= config.steps for r in read_log(log_path)):
+    if test and not interrupted and not any("eval" in r and r["step"] >= config.steps for r in log.records()):
         judge(sampler, "student", config.steps)
-    if wandb is not None:
-        wandb.finish()
-    summarize(log_path, saved, bool(interrupted))
+    log.close()
+    summarize(log.path, saved, bool(interrupted))
 
 
 if __name__ == "__main__":

@@ -137,6 +137,22 @@ def flop_books(rollout: Rollout, student, teacher, iw: bool = False) -> dict[str
     }
 
 
+def account(
+    rollout: Rollout, wrote: dict, student, teacher, iw: bool, clock: dict, seconds: float, rate: float, totals: dict
+) -> dict[str, float]:
+    """A step's entries in the books, with `totals` brought up to date. wrote: tokens sampled and their FLOP, by whom
+    ever; teacher: configuration of the model that scored, or None; rate: of torch.mm, FLOP/s."""
+    flop = {"flop_sample": wrote["flop_sample"], **flop_books(rollout, student, teacher, iw)}
+    n, spent = rollout.num_supervised(), sum(flop.values())
+    scored = n if teacher is not None else 0
+    more = {"tokens_sampled": wrote["sampled"], "tokens_scored": scored, "tokens_trained": n, "flop": spent,
+            "seconds": seconds}  # fmt: skip
+    for key, value in more.items():
+        totals[key] += value
+    return {**flop, **{f"seconds_{k}": v for k, v in clock.items()}, "tokens_per_s": n / seconds,
+            "flop_per_s": spent / seconds, "matmul_share": spent / seconds / rate}  # fmt: skip
+
+
 def plan(config) -> None:
     """Print parameters, memory by part, and FLOP by prefix length, from the two configurations alone."""
     try:

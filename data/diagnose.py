@@ -438,6 +438,16 @@ def flop_to_reach(points: list[dict], key: str, goal: float) -> float:
     return 0.0 if points and points[0][key] >= goal else math.nan
 
 
+def at_cost(points: list[dict], key: str, cost: str, spent: float) -> float:
+    """The metric when so much of `cost` ("flop", "tokens", "seconds") had been spent, interpolated between evaluations;
+    nan if the run ended before."""
+    for before, after in itertools.pairwise(points):
+        if before[cost] <= spent <= after[cost]:
+            share = (spent - before[cost]) / max(after[cost] - before[cost], 1e-30)
+            return before[key] + (after[key] - before[key]) * share
+    return math.nan
+
+
 def group_runs(folders: list[str]) -> dict[str, list[dict]]:
     """Runs that differ in nothing but the seed go together. The name of a group is what sets it apart."""
     runs = [curve(Path(f)) for f in folders]
@@ -469,7 +479,8 @@ def group_runs(folders: list[str]) -> dict[str, list[dict]]:
 
 def compare_runs(folders: list[str], out: str = "runs.png", goals: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9)) -> None:
     """Draw accuracy, KL, P(finish) and length of run folders against FLOP, tokens and seconds; print the FLOP to reach
-    each accuracy and the saving over the group with the longest constant prefix."""
+    each accuracy and the saving over the group with the longest constant prefix, and what all groups had reached when
+    a half, and all, of the FLOP (tokens) of the cheapest were spent."""
     groups = group_runs(folders)
     rows = {
         "sampled_accuracy": "accuracy, sampled",
@@ -518,6 +529,16 @@ def compare_runs(folders: list[str], out: str = "runs.png", goals: tuple[float, 
                 if len(reached) == len(values) and not math.isnan(sum(needed[full])) and sum(reached) > 0:
                     line += f", {sum(needed[full]) / len(needed[full]) / (sum(reached) / len(reached)):.2f}x"
             print(line)
+    for cost, part in itertools.product(("flop", "tokens"), (0.5, 1.0)):
+        spent = part * min(r["points"][-1][cost] for runs in groups.values() for r in runs)
+        print(f"\nAt {spent:.3g} {columns[cost].removeprefix('training ')}, mean (lowest to highest seed):")
+        equal = {name: {k: [at_cost(r["points"], k, cost, spent) for r in runs] for k in rows}
+                 for name, runs in groups.items()}  # fmt: skip
+        numbers.setdefault(f"at_equal_{cost}", {})[str(spent)] = equal
+        for name, found in equal.items():
+            print(f"  {name:40} " + ", ".join(
+                f"{rows[k]} {sum(v) / len(v):.3f} ({min(v):.3f} to {max(v):.3f})" for k, v in found.items()
+                if k == "kl" or k.endswith("accuracy")))  # fmt: skip
     write(figure, out, numbers)
 
 

@@ -193,8 +193,34 @@ def files_of_run(out: Path) -> list[Path]:
     return checkpoints(out) + [f for f in (out / "log.jsonl", out / "config.json") if f.exists()]
 
 
-def open_run(config, resume_step: int | None) -> None:
-    """Make out_dir ready, once all there is to load has been loaded."""
+class Log:
+    """A run's log.jsonl, a record a line; with --wandb_project, Weights & Biases gets the same numbers."""
+
+    def __init__(self, config):
+        self.path, self.wandb = Path(config.out_dir) / "log.jsonl", None
+        if config.wandb_project:
+            import wandb
+
+            self.wandb = wandb
+            wandb.init(project=config.wandb_project, name=Path(config.out_dir).name, config=asdict(config))
+
+    def write(self, record: dict) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.wandb is not None:
+            prefix = "/".join(record[k] for k in ("eval", "manner") if k in record)
+            self.wandb.log({f"{prefix}/{k}" if prefix else k: v for k, v in record.items() if not isinstance(v, str)})
+
+    def records(self) -> list[dict]:
+        return read_log(self.path) if self.path.is_file() else []
+
+    def close(self) -> None:
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def open_run(config, resume_step: int | None) -> Log:
+    """Make out_dir ready, once all there is to load has been loaded. Returns its log."""
     out, log = Path(config.out_dir), Path(config.out_dir) / "log.jsonl"
     if resume_step is None:
         for path in files_of_run(out):
@@ -203,6 +229,7 @@ def open_run(config, resume_step: int | None) -> None:
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
     elif log.is_file():  # what was logged after the checkpoint will be logged again, and a torn last line goes
         rewrite_log(log, [r for r in read_log(log) if r["step"] <= resume_step])
+    return Log(config)
 
 
 def read_log(log: Path) -> list[dict]:

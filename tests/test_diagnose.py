@@ -128,6 +128,13 @@ def test_runs_are_grouped_by_what_differs_and_the_saving_is_of_flop(tmp_path, ca
     saving = (100e9 * 5 / 6 + 2e11) / (1.5e10 + 10e9 * 5 / 6)
     assert f"2 of 2 runs, 1.17e+10 (8.33e+09 to 1.5e+10), {saving:.2f}x" in said
     assert "0 of 2 runs" in said and (tmp_path / "runs.png").stat().st_size > 10_000
+    # The short prefix ends at 2e10 FLOP: there, and at half of it, all are compared
+    assert list(found["at_equal_flop"]) == ["10000000000.0", "20000000000.0"]
+    equal = found["at_equal_flop"]["20000000000.0"]
+    assert equal["prefix_len 10"]["sampled_accuracy"] == pytest.approx([0.8, 0.9])
+    assert equal["prefix_len 100"]["sampled_accuracy"] == pytest.approx([0.2 + 0.6 / 5, 0.2 + 0.4 / 5])
+    assert "At 2e+10 FLOP" in said and "accuracy, sampled 0.850 (0.800 to 0.900)" in said
+    assert math.isnan(diagnose.at_cost([{"flop": 0.0, "x": 0.1}, {"flop": 1.0, "x": 0.2}], "x", "flop", 1.5))
     assert math.isnan(diagnose.flop_to_reach([{"flop": 0.0, "x": 0.1}], "x", 0.5))
     assert diagnose.flop_to_reach([{"flop": 0.0, "x": 0.6}], "x", 0.5) == 0.0
     with pytest.raises(InputError, match="no log.jsonl there"):

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Prefixes, whole responses and random windows on walks, three seeds each, then a picture. About 30 minutes on 2 cores.
+# What is there already is not run again, so it can be interrupted.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+to=out_reproduce_walk
+mkdir -p $to
+[ -f data/walk/train.jsonl ] || python data/walk/prepare.py
+
+run() {  # name, then flags
+    name=$1; shift
+    for seed in 1 2 3; do
+        [ -d "$to/${name}_seed$seed/step_000030" ] || python train.py --student walk/student --teacher walk/teacher \
+            --data walk --seed $seed --eval_every 10 --eval_problems 150 --eval_kl 50 --max_new_tokens 200 \
+            --out_dir "$to/${name}_seed$seed" --overwrite "$@"
+    done
+}
+
+run prefix16 --prefix_len 16
+run prefix64 --prefix_len 64
+run prefix200 --prefix_len 200
+run random16 --prefix_len 16 --window random
+run every5 --prefix_len 16 --full_every 5
+
+python eval.py runs $to/*_seed? --out=$to/walk.png | tee $to/walk.txt

@@ -353,11 +353,11 @@ if __name__ == "__main__":
 
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command == "runs":
-        folders = [a for a in sys.argv[2:] if not a.startswith("--out=")]
-        out = next((a.removeprefix("--out=") for a in sys.argv[2:] if a.startswith("--out=")), "runs.png")
-        if not folders or folders[0].startswith("-"):
-            stop("usage: python eval.py runs RUN_FOLDER ... [--out=runs.png]")
-        run_command(lambda found: diagnose.compare_runs(found, out), folders)
+        end = next((i for i, a in enumerate(sys.argv) if a.startswith("--")), len(sys.argv))
+        folders, rest = sys.argv[2:end], parse_flags(diagnose.RunsConfig, diagnose.__doc__, sys.argv[end:])
+        if not folders:
+            stop("usage: python eval.py runs RUN_FOLDER ... [--out runs.png]")
+        run_command(lambda found: diagnose.compare_runs(found, rest.out), folders)
     elif command in diagnose.COMMANDS:
         run_command(diagnose.COMMANDS[command], parse_flags(diagnose.Config, diagnose.__doc__, sys.argv[2:]))
     elif command and not command.startswith("-"):

@@ -399,6 +399,11 @@ def tokens(config: Config) -> None:
 # --- any number of runs
 
 
+@dataclass
+class RunsConfig:
+    out: str = flag("runs.png", "the picture of `eval.py runs FOLDER ...`; its numbers go beside it, as .json")
+
+
 def curve(folder: Path) -> dict:
     """{'config', 'points': [{flop, tokens, seconds, and what was evaluated there}]} of a run's folder."""
     file = folder / "log.jsonl"

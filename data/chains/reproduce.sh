@@ -9,7 +9,7 @@ mkdir -p $to
 run() {  # name, then flags
     name=$1; shift
     for seed in 1 2 3; do
-        [ -d "$to/${name}_seed$seed/step_000030" ] || python train.py --seed $seed --eval_every 5 --eval_problems 200 --eval_kl 50 \
+        [ -d "$to/${name}_seed$seed/step_000030" ] || python train.py --seed $seed --eval_every 5 --eval_problems 200 --eval_kl 50 --save_every 10 --keep 3 \
             --out_dir "$to/${name}_seed$seed" --overwrite "$@"
     done
 }
@@ -19,7 +19,11 @@ run linear --prefix_len 128 --prefix_start 4 --schedule linear
 run staircase --prefix_len 128 --prefix_start 4 --schedule staircase --stair 16
 run adaptive --prefix_len 128 --prefix_start 4 --schedule adaptive
 
-python eval.py runs $to/prefix*_seed? --out=$to/prefixes.png | tee $to/prefixes.txt
-python eval.py runs $to/prefix1024_seed? $to/linear_seed? $to/staircase_seed? $to/adaptive_seed? --out=$to/schedules.png | tee $to/schedules.txt
-python eval.py positions --student chains/student,$to/prefix16_seed1/step_000030,$to/prefix1024_seed1/step_000030 --out $to/positions.png
+python eval.py runs $to/prefix*_seed? --out $to/prefixes.png | tee $to/prefixes.txt
+python eval.py runs $to/prefix1024_seed? $to/linear_seed? $to/staircase_seed? $to/adaptive_seed? --out $to/schedules.png | tee $to/schedules.txt
+before_during_after=chains/student
+for run in prefix16_seed1 prefix1024_seed1; do
+    before_during_after+=,$to/$run/step_000010,$to/$run/step_000030
+done
+python eval.py positions --student $before_during_after --out $to/positions.png
 python eval.py teacher_prefix --out $to/teacher_prefix.png

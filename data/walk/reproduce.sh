@@ -22,4 +22,4 @@ run prefix200 --prefix_len 200
 run random16 --prefix_len 16 --window random
 run every5 --prefix_len 16 --full_every 5
 
-python eval.py runs $to/*_seed? --out=$to/walk.png | tee $to/walk.txt
+python eval.py runs $to/*_seed? --out $to/walk.png | tee $to/walk.txt

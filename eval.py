@@ -24,8 +24,8 @@ from torch import Tensor
 
 from data import InputError, flag, load_jsonl, parse_flags, read_json, resolve, run_command, stop
 from data.answers import Judge, extract_answer, is_correct
-from data.run import read_log, rewrite_log
-from data.tokenizer import Tokenizer
+from data.run import fingerprint, read_kept, rewrite_log
+from data.tokenizer import Tokenizer, prompted_as_trained
 from loss import distill_loss
 from model import Transformer, checkpoint_folder, choose_device
 from sample import Rollout, check_sampling, generate
@@ -83,6 +83,12 @@ def evaluate(
     the run. See `summarize` for the summary; `seconds` is this call's.
     """
     encoded = [tokenizer.encode_prompt(row["prompt"]) for row in rows]
+    longest, positions = max(map(len, encoded)), model.config.max_position_embeddings
+    if longest + max_new_tokens > positions:
+        raise InputError(f"--max_new_tokens {max_new_tokens} and the longest prompt, {longest} tokens, exceed the "
+                         f"{positions} positions of the model")  # fmt: skip
+    if not all(encoded):
+        raise InputError(f"problem {encoded.index([])}: its prompt is empty")
     order = sorted(range(len(rows)), key=lambda i: -len(encoded[i]))  # neighbours of one length are read together
     drawn = torch.randint(2**63 - 1, (len(rows), num_samples), generator=torch.Generator().manual_seed(seed))
     seeds = {i: drawn[place].tolist() for place, i in enumerate(order)}
@@ -137,6 +143,8 @@ def compare(a: dict, b: dict) -> dict[str, float]:
     shares = []
     for result in (a, b):
         by_problem: dict[tuple, list] = {}
+        if not isinstance(result.get("responses"), list):
+            raise InputError("--compare: expected two files that --out has written")
         for r in result["responses"]:
             by_problem.setdefault((r["data"], r["problem"], r["prompt"]), []).append(float(r["correct"]))
         shares.append({key: sum(v) / len(v) for key, v in by_problem.items()})
@@ -274,10 +282,13 @@ def main(config: Config) -> None:
         return
     if config.out and not Path(config.out).resolve().parent.is_dir():
         raise InputError(f"--out {config.out}: there is no folder {Path(config.out).parent}")
+    if config.out.endswith(".jsonl"):
+        raise InputError(f"--out {config.out}: expected a .json file; the responses go to a .jsonl beside it")
     problems = {}
     for name in config.data.split(","):
         problems[name] = load_jsonl(resolve(name, "test"))[: config.num_problems or None]
     folder = checkpoint_folder(config.model)
+    prompted_as_trained(config, folder)
     tokenizer = Tokenizer(folder, config.chat, config.system, config.thinking)
     device = choose_device(config.device)
     model = Transformer.from_pretrained(folder, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -325,10 +336,9 @@ class Kept:
 
     def __init__(self, config: Config, folder: Path):
         self.path = Path(config.out).with_suffix(".jsonl")
-        weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*.safetensors"))]
         made = {k: v for k, v in asdict(config).items() if k not in ("out", "device", "batch_size", "compare", "data")}
-        made = json.loads(json.dumps({**made, "weights": weights}))
-        self.records = read_log(self.path) if self.path.is_file() else []
+        made = json.loads(json.dumps({**made, "weights": fingerprint(folder)}))
+        self.records = read_kept(self.path, "weights")
         if self.records and self.records[0] != made:
             differ = [k for k in made if self.records[0].get(k) != made[k]]
             raise InputError(f"--out: {self.path} holds responses of another evaluation ({', '.join(differ)} differ): "

@@ -48,8 +48,6 @@ import torch
 from torch import Tensor
 
 LOSSES = ("reverse_kl", "topk_reverse_kl", "forward_kl", "jsd", "sampled_kl", "cross_entropy")
-MEMORY_BUDGET = 256 * 2**20  # bytes for the logits of a chunk and what is done to them
-TILE = 2**17  # elementwise work goes by so many logits at a time, to stay in a CPU's cache; 16 times that on a GPU
 LEAVES = {"reverse_kl": "score", "topk_reverse_kl": "score", "jsd": "logits", "forward_kl": "logits",
           "sampled_kl": "probability", "cross_entropy": "probability"}  # what describe() leaves of a chunk's logits
 FAR = -1e30  # the logit of a column that was merged into another: probability 0, and finite, so that 0 * FAR is 0
@@ -73,7 +71,7 @@ def distill_loss(
     bias_s: Tensor | None = None,
     bias_t: Tensor | None = None,
     chunk_rows: int | None = None,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of a divergence over N rows, differentiable in hidden_s, head_s and bias_s, and per-row statistics.
 
@@ -89,8 +87,8 @@ def distill_loss(
         punished for it.
     vocab: number of real tokens; rows of the heads beyond it are padding and ignored. Default: the smaller head's.
     bias_s (V,), bias_t (V_t,): added to the logits, for heads that have one.
-    chunk_rows: rows handled at once; default: as many as memory_budget (bytes) holds. Beyond the budget there are only
-        the inputs, the gradients (dW is summed in float32), and the returned (N,) statistics.
+    chunk_rows: rows handled at once; default: as many as memory_budget (bytes; default: see `sizes`) holds. Beyond the
+        budget there are only the inputs, the gradients (dW is summed in float32), and the returned (N,) statistics.
 
     Returns (loss, stats): a scalar, and detached (N,) tensors: "loss" (unweighted), "student_entropy", and where there
     is a teacher "kl" (reverse, in nats, whatever the loss), "teacher_entropy", "agree" (same most likely token); with
@@ -151,9 +149,9 @@ class FusedDivergence(torch.autograd.Function):
                 gradient[vocab:] = 0
         total, rows = torch.zeros((), dtype=wide, device=device), {}  # rows: name -> list of (c,) tensors
 
-        tile_numel = TILE if device.type == "cpu" else 16 * TILE
+        budget, tile_numel = sizes(device.type)
         models = 1 if hidden_t is None else 2
-        budget = options["memory_budget"] - 32 * tile_numel * wide.itemsize
+        budget = (options["memory_budget"] or budget) - 32 * tile_numel * wide.itemsize
         chunk_rows = options["chunk_rows"] or even_chunks(n, budget // (models * vocab * wide.itemsize))
         buffers = torch.empty(models, vocab * min(chunk_rows, n), dtype=wide, device=device)
 
@@ -228,6 +226,15 @@ class FusedDivergence(torch.autograd.Function):
         return *gradients, None, None, None, None, None, None
 
 
+def sizes(device_type: str) -> tuple[int, int]:
+    """(bytes for the logits of a chunk and what is done to them; logits that elementwise work takes at a time).
+
+    On a CPU a tile is to stay in the cache. A GPU wants fewer and larger pieces: each costs a launch, and each chunk
+    a pass over the head and over dW. Room for 32 tiles is set aside from the budget.
+    """
+    return (2**28, 2**17) if device_type == "cpu" else (2**30, 2**21)
+
+
 def even_chunks(n: int, most: int) -> int:
     """Rows of a chunk, so that n rows go in few chunks of about equal size: each costs a pass over dW, and a short last
     one costs as much as a long one. Multiples of 16: on a CPU, 214 rows took up to 1.6 times as long a row as 256."""
@@ -262,7 +269,7 @@ def operand_dtype(hidden: Tensor) -> torch.dtype:
 
 def blocks(head: Tensor, vocab: int, dtype: torch.dtype):
     """(slice, block of the head in dtype): one block if it has that dtype already, else cast piece by piece."""
-    size = vocab if head.dtype == dtype else max(1, 2**21 // head.shape[1])
+    size = vocab if head.dtype == dtype else max(1, 16 * sizes(head.device.type)[1] // head.shape[1])
     for start in range(0, vocab, size):
         stop = min(start + size, vocab)
         yield slice(start, stop), head[start:stop].to(dtype)

@@ -13,9 +13,9 @@ Read in this order: RMSNorm, Linear, product, rope, KVCache, Attention, MLP, Blo
 """
 
 import copy
+import difflib
 import math
-import os
-import sys
+import re
 from pathlib import Path
 
 import torch
@@ -408,9 +408,11 @@ def choose_device(name: str) -> torch.device:
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be taken: of the device, or of this machine's memory (a guess of 8 GiB off Linux)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if sys.platform == "linux" else 2**33
+    if device.type == "cuda":  # what torch keeps for itself without using it can be taken as well
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    meminfo = Path("/proc/meminfo")  # its MemFree would count the files that the system has cached as taken
+    return int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1]) * 1024 if meminfo.is_file() else 2**33
 
 
 def checkpoint_folder(path: str | Path, files: tuple[str, ...] = ("*.json", "*.safetensors", "*.jinja")) -> Path:
@@ -418,9 +420,16 @@ def checkpoint_folder(path: str | Path, files: tuple[str, ...] = ("*.json", "*.s
     of a repository on the Hugging Face hub, of which `files` are downloaded and cached."""
     for folder in (Path(path), HERE / path):
         if folder.is_dir():
+            steps = sorted(folder.glob("step_*")) if (folder / "log.jsonl").is_file() else []
+            if steps:
+                raise InputError(f"{path} is a run's folder; its checkpoints are {', '.join(map(str, steps))}")
             return folder
+    there = [str(f) for f in Path(path).parent.glob("*") if f.is_dir()]
+    there += [f"{f.parent.parent.name}/{f.parent.name}" for f in HERE.glob("*/*/config.json")]
+    near = difflib.get_close_matches(str(path), there, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-        raise InputError(f"{path}: no such folder, and not the name of a hub repository (owner/name)")
+        raise InputError(f"{path}: no such folder, and not the name of a hub repository (owner/name){hint}")
     from huggingface_hub import snapshot_download
 
     try:
@@ -429,7 +438,7 @@ def checkpoint_folder(path: str | Path, files: tuple[str, ...] = ("*.json", "*.s
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"{path}: not a local folder, and the hub did not give it ({reason}). Without a network, give "
-            "the folder of a local copy"
+            f"the folder of a local copy{hint}"
         ) from None
 
 

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import InputError, flag, load_jsonl, parse_flags, resolve, run_command
-from data.tokenizer import Tokenizer
+from data import HERE, InputError, flag, load_jsonl, parse_flags, resolve, run_command
+from data.tokenizer import Tokenizer, prompted_as_trained
 from model import KVCache, Transformer, checkpoint_folder, choose_device, free_memory, head_dim_of, product
 
 PREFILL_TOKENS = 2**14  # prompts are read in groups of about so many tokens
@@ -163,8 +163,8 @@ def generate(
                 if progress:
                     bar.update()
                     bar.set_postfix_str(f"{sampled / (time.perf_counter() - begin):,.0f} tok/s", refresh=False)
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has none of its own
-            if slots == 1 or not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+        except RuntimeError as error:
+            if slots == 1 or not out_of_memory(error):
                 raise
             message = str(error).split(".")[0]
         else:
@@ -184,6 +184,11 @@ def generate(
         logp[i, : len(r)] = torch.tensor(logprobs[i])
     finished = torch.tensor([r[-1] in stop_ids for r in responses])
     return Rollout(tokens, prompt_lens, lens, finished, logp, torch.tensor(job.forced), **books)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """torch.OutOfMemoryError is a RuntimeError; the CPU's allocator has none of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @dataclass
@@ -210,7 +215,11 @@ def decode(job: Job, rows: list[int], slots: int, max_len: int, books: dict) -> 
     overwritten before it can be seen. So a row's neighbours cannot change it.
     """
     model, device, head = job.model, job.model.head.device, job.model.head[: job.vocab]
-    forward = torch.compile(model, mode="reduce-overhead", dynamic=False) if job.compile else model
+    forward = model
+    if job.compile:  # one graph for a length of the cache and an extent: so that there are few, both are rounded up
+        max_len = math.ceil(max_len / 256) * 256
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        forward = torch.compile(model, mode="reduce-overhead", dynamic=False)
     look_every = 1 if job.stream is not None else LOOK_EVERY.get(device.type, 16)
     width = max(job.room[i] for i in rows)
     cache = KVCache(model.config, slots, max_len, device, head.dtype)
@@ -304,7 +313,7 @@ def decode(job: Job, rows: list[int], slots: int, max_len: int, books: dict) -> 
         # Feed the drawn tokens back. No position is beyond the longest occupied one, so the rest need not be read.
         extent = step - min((birth[s] for s, i in enumerate(row_of) if i is not None), default=step - 1)
         if job.compile:
-            extent = math.ceil(extent / 128) * 128
+            extent = max(128, 2 ** math.ceil(math.log2(max(extent, 1))))
         place = (length + count - 1).clamp(min=0)
         hidden = forward(drawn[:, None], place[:, None], cache, slots=min(extent, max_len))[:, 0]
         if job.compile:
@@ -390,7 +399,7 @@ class Config:
     top_k: int = flag(0, "sample among the k most likely tokens only; 0 is off")
     top_p: float = flag(1.0, "sample among the most likely tokens that hold this much probability; 1 is off")
     min_p: float = flag(0.0, "sample among tokens of at least this share of the largest probability; 0 is off")
-    num_samples: int = flag(1, "responses per model")
+    num_samples: int = flag(1, "responses per model; at --temperature 0 they are all the same")
     seed: int = flag(1337, "seed of the sampling")
     device: str = flag("", "cpu, cuda, ...; empty chooses")
     compile: bool = flag(False, "torch.compile the decode step: minutes of warm-up, for long responses on a GPU")
@@ -421,12 +430,16 @@ def main(config: Config) -> None:
         if not 0 <= config.index < len(rows):
             raise InputError(f"--index {config.index}: the data has rows 0 to {len(rows) - 1}")
         prompt, answer = rows[config.index]["prompt"], rows[config.index].get("answer")
+    pair = config.data if (HERE / config.data / "teacher").is_dir() else "chains"
+    paths = [config.model] if config.model else [f"{pair}/teacher", f"{pair}/student"]
+    device, folders = choose_device(config.device), {path: checkpoint_folder(path) for path in paths}
     print(prompt.rstrip("\n") + (f"\n(the answer is {answer})" if answer is not None else ""))
-    device = choose_device(config.device)
-    for path in [config.model] if config.model else ["chains/teacher", "chains/student"]:
-        folder = checkpoint_folder(path)
+    for path, folder in folders.items():
+        prompted_as_trained(config, folder)
         tokenizer = Tokenizer(folder, config.chat, config.system, config.thinking)
         ids = tokenizer.encode_prompt(prompt)
+        if config.prompt and not prompt.endswith("\n") and not tokenizer.chats():
+            print("note: the prompt does not end with a newline; the embedded models expect one")
         if not ids:
             raise InputError("--prompt: nothing in it, and this tokenizer puts nothing before it")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -465,7 +478,8 @@ def main(config: Config) -> None:
             how = "stopped by itself" if rollout.finished[i] else "cut at the cap"
             print(f"\n[{int(rollout.lens[i])} tokens, {how}]")
         total = int(rollout.lens.sum())
-        print(f"[{rollout.prefilled} prompt, {total} response tokens; {seconds:.2f} s, {total / seconds:,.0f} tok/s]")
+        print(f"[{rollout.prefilled} prompt, {total} response tokens; {seconds:.2f} s, {total / seconds:,.0f} tok/s"
+              + (", compiling included]" if config.compile else "]"))  # fmt: skip
 
 
 if __name__ == "__main__":

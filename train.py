@@ -36,12 +36,13 @@ from data.prefix import adapted_prefix, drift_warning, iw_weights, planned_prefi
 from data.run import (
     ResponseCache,
     check_flags,
+    encode_prompts,
     find_run,
     load_checkpoint,
     load_pair,
-    load_prompts,
     longest_response,
     open_run,
+    read_prompts,
     save_checkpoint,
     summarize,
 )
@@ -49,7 +50,7 @@ from data.tokenizer import Tokenizer
 from eval import by_position, examine
 from loss import LOSSES, distill_loss
 from model import Transformer, choose_device, free_memory
-from sample import Rollout, generate
+from sample import Rollout, generate, out_of_memory
 
 
 @dataclass
@@ -138,18 +139,20 @@ def batch_of(rows: list[dict], step: int, config: Config) -> list[dict]:
 
 
 def respond(
-    batch: list[dict], prefix_len: int, config: Config, student: Transformer, teacher: Transformer | None,
+    batch: list[dict], step: int, prefix_len: int, config: Config, student: Transformer, teacher: Transformer | None,
     tokenizer: Tokenizer, stop_ids: tuple[int, ...], vocab: int, generator: torch.Generator,
-    cache: ResponseCache | None = None,
+    cache: ResponseCache | None = None, room: int | None = None,
 ) -> tuple[Rollout, dict]:
     """1. sample: a response to every prompt of the batch, and the books of who wrote how much.
 
     Whatever the student does not write is given to `generate` as the start of its response: all of it (the data's
     solutions, the teacher's responses) or its first tokens (--teacher_prefix). The given start is not supervised where
-    the student goes on from it. Of whole responses, a --window picks the tokens to supervise.
+    the student goes on from it. Of whole responses, a --window picks the tokens to supervise. room: bytes for the KV
+    cache; where not all rows fit, they take turns.
     """
     cap = prefix_len if config.window == "prefix" else config.max_new_tokens
     prompts, given = [row["prompt_ids"] for row in batch], [[] for _ in batch]
+    sampling = {"temperature": config.temperature, "generator": generator, "vocab": vocab, "memory_budget": room}
     ready = round(config.mix * len(batch)) if config.rollout == "student" else len(batch)  # rows given whole
     wrote = {"sampled": 0, "flop_sample": 0.0}
 
@@ -165,19 +168,20 @@ def respond(
         """Let the teacher write for some rows. What goes to the cache is of full length, for whoever asks next."""
         if cache is not None:
             at_most = longest_response(config)
-        new = [i for i in rows if cache is None or batch[i]["prompt"] not in cache.responses]
+        new = [i for i in rows if cache is None or tuple(prompts[i]) not in cache.responses]
         if new:
             seeds = None
             if cache is not None:  # then a response is a function of its prompt
-                seeds = [zlib.crc32(batch[i]["prompt"].encode()) + config.seed * 2**32 for i in new]
-            rollout = account(generate(teacher, [prompts[i] for i in new], at_most, stop_ids, config.temperature,
-                                       generator=generator, vocab=vocab, seeds=seeds), teacher)  # fmt: skip
+                seeds = [(zlib.crc32(batch[i]["prompt"].encode()) + config.seed * 2**32) % 2**63 for i in new]
+            rollout = account(
+                generate(teacher, [prompts[i] for i in new], at_most, stop_ids, seeds=seeds, **sampling), teacher
+            )
             for k, i in enumerate(new):
                 given[i] = rollout.response(k)
                 if cache is not None:
-                    cache.add(batch[i]["prompt"], given[i])
+                    cache.add(prompts[i], given[i], step)
         for i in rows if cache is not None else ():
-            given[i] = cache.responses[batch[i]["prompt"]]
+            given[i] = cache.responses[tuple(prompts[i])]
 
     if config.rollout == "data":
         given = [row["solution_ids"] + [tokenizer.eos_id] for row in batch]
@@ -186,8 +190,9 @@ def respond(
     if config.teacher_prefix:
         ask_teacher(range(ready, len(batch)), config.teacher_prefix)
         given[ready:] = [g[: config.teacher_prefix] for g in given[ready:]]
-    rollout = account(generate(student, prompts, cap, stop_ids, config.temperature, generator=generator, vocab=vocab,
-                               forced=given, compile=config.compile), student)  # fmt: skip
+    rollout = account(
+        generate(student, prompts, cap, stop_ids, forced=given, compile=config.compile, **sampling), student
+    )
     start = rollout.forced_lens.clone()
     start[:ready] = 0
     rollout.supervised = torch.stack((start, rollout.lens), dim=1)
@@ -268,15 +273,16 @@ def train(config: Config) -> None:
         return books.plan(config)
     device = choose_device(config.device)
     books.keep_freed_memory(device)
-    free = config.memory * 2**30 or int(0.9 * free_memory(device))
-    process = books.process_memory(device, config.student)
     config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     resume_from = find_run(config)
+    free = config.memory * 2**30 or int(0.9 * free_memory(device))
+    process = books.process_memory(device, config.student)
     dtype = getattr(torch, config.dtype)
     half = dtype != torch.float32
 
+    rows, test = read_prompts(config)  # before the models: these may have to be downloaded first
     student, teacher, tokenizer, theirs, vocab, stop_ids = load_pair(config, device, dtype, resume_from)
-    rows, test, longest = load_prompts(config, tokenizer, [m for m in (student, teacher) if m is not None])
+    longest = encode_prompts(config, rows, tokenizer, [m for m in (student, teacher) if m is not None])
     sampler = copy.deepcopy(student).to(dtype).requires_grad_(False) if half else student  # refreshed after every step
     scorer = teacher if config.loss != "cross_entropy" else None  # cross-entropy looks at tokens only
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=half)
@@ -295,7 +301,8 @@ def train(config: Config) -> None:
     growth = {"prefix_len": config.prefix_start, "smooth": None}  # see adapted_prefix
     if resume_from is not None:
         first_step, totals, growth = load_checkpoint(resume_from, student, optimizer)
-    cache = ResponseCache(config, stop_ids) if config.teacher_cache else None
+    cache = ResponseCache(config, stop_ids, first_step) if config.teacher_cache else None
+    room = books.room_for_slots(config, *configs, longest, process, free)
 
     rate = books.matmul_rate(device, dtype)
     print(f"{len(rows):,} prompts, {len(test):,} held-out; {device}, torch.mm at {rate / 1e9:,.0f} GFLOP/s")
@@ -324,8 +331,15 @@ def train(config: Config) -> None:
             print(f"teacher: {judge(teacher, 'teacher', 0)}")
         print(f"student before the first step: {judge(sampler, 'student', 0)}")
 
+    due = bool(config.eval_every and first_step and first_step % config.eval_every == 0 and first_step < config.steps)
+    if test and due and not any("eval" in r and r["step"] == first_step for r in log.records()):
+        print(f"step {first_step}: {judge(sampler, 'student', first_step)}")  # Ctrl-C came before it
+
     def save(step: int) -> Path:
         return save_checkpoint(config, student, tokenizer, stop_ids, optimizer, step, totals, growth)
+
+    def kept_state(step: int) -> str:
+        return f"the state before this step is in {save(step)}" if step else "no step had been made"
 
     before = [r for r in log.records() if "loss" in r and "kl" in r]
     first_kl, warned = before[0]["kl"] if before else None, ""
@@ -339,13 +353,14 @@ def train(config: Config) -> None:
         begin = tick(device)
         prefix_len = planned_prefix(step, config, growth["prefix_len"])
         generator = torch.Generator().manual_seed(config.seed + 104729 * (step + 1))
-        rollout, wrote = respond(batch_of(rows, step, config), prefix_len, config, sampler, teacher, tokenizer,
-                                 stop_ids, vocab, generator, cache)  # fmt: skip
+        rollout, wrote = respond(batch_of(rows, step, config), step, prefix_len, config, sampler, teacher, tokenizer,
+                                 stop_ids, vocab, generator, cache, room)  # fmt: skip
         clock["sample"] = tick(device) - begin
         n = rollout.num_supervised()
         if not n:
             raise InputError(f"step {step + 1}: nothing to learn from, since every response ended within the "
-                             f"--teacher_prefix of {config.teacher_prefix} tokens")  # fmt: skip
+                             f"--teacher_prefix of {config.teacher_prefix} tokens; {kept_state(step)}. A shorter "
+                             "--teacher_prefix or a larger --batch_size would leave something")  # fmt: skip
 
         try:
             stats = train_on(rollout, student, scorer, config, vocab, stop_ids, autocast, clock, forwards)
@@ -356,9 +371,14 @@ def train(config: Config) -> None:
                 raise FloatingPointError("the loss is finite, but not the gradient "
                                          + (f"of {broken[0]}, {len(broken)} in all" if broken else "norm"))  # fmt: skip
         except FloatingPointError as error:  # the weights are still those of the step before
-            left = f"the state before this step is in {save(step)}" if step else "no step had been made"
-            raise InputError(f"step {step + 1}, {error}; {left}. A lower --lr or --grad_clip may help from there, or "
-                             "--dtype float32") from None  # fmt: skip
+            raise InputError(f"step {step + 1}, {error}; {kept_state(step)}. Start another run from that --student "
+                             "with a lower --lr or --grad_clip, or --dtype float32") from None  # fmt: skip
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise InputError(f"step {step + 1}: out of memory while learning ({str(error).split('.')[0]}); "
+                             f"{kept_state(step)}. Go on with --resume and a lower --micro_batch (it was "
+                             f"{config.micro_batch}), or with --recompute") from None  # fmt: skip
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         optimizer.step()

@@ -17,19 +17,19 @@ class InputError(ValueError):
 ALSO = {"math500": "math/test", "aime24": "aime/aime24", "aime25": "aime/aime25"}  # other names of test files
 
 
-def resolve(name: str, split: str) -> Path:
+def resolve(name: str, split: str, flag_name: str = "data") -> Path:
     """`--data name` is data/name/{train,test}.jsonl beside this file; anything else is the path of a .jsonl file."""
     if name in ALSO:
         path = HERE / f"{ALSO[name]}.jsonl"
         if split == "train":
-            raise InputError(f"--data {name}: to test only, so not to be trained on")
+            raise InputError(f"--{flag_name} {name}: to test only, so not to be trained on")
     else:
         path = HERE / name / f"{split}.jsonl" if (HERE / name).is_dir() else Path(name)
     if not path.is_file():
         known = ", ".join(sorted({p.parent.name for p in HERE.glob("*/*.jsonl")}))
         maker = path.parent / "prepare.py"
         mend = f"run python data/{path.parent.name}/prepare.py first" if maker.is_file() else "give a .jsonl file"
-        raise InputError(f"--data {name}: no file {path}; {mend}, or a data set that is there ({known})")
+        raise InputError(f"--{flag_name} {name}: no file {path}; {mend}, or a data set that is there ({known})")
     return path
 
 
@@ -42,7 +42,8 @@ def load_jsonl(path: str | Path, need: tuple[str, ...] = ("prompt", "answer")) -
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text: {error}"
+        raise InputError(f"{path}: cannot be read ({reason})") from None
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -101,19 +102,21 @@ def parse_flags(cls, doc: str, argv: list[str] | None = None):
         help = f"{f.metadata['help']} ({f.default!r})"
         if kind is bool:
             into.add_argument(
-                f"--{name}", type=boolean, nargs="?", const=True, default=f.default, help=help, metavar="bool"
+                f"--{name}", type=boolean, nargs="?", const=True, default=argparse.SUPPRESS, help=help, metavar="bool"
             )
         else:
-            into.add_argument(f"--{name}", type=kind, default=f.default, help=help, metavar=kind.__name__)
+            into.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=help, metavar=kind.__name__)
     try:
-        args, unknown = parser.parse_known_args(argv)
+        typed, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         stop(str(error).replace("argument ", ""))
     if unknown:
         name = unknown[0].split("=")[0].lstrip("-")
         near = difflib.get_close_matches(name, fields, n=1)
         stop(f"unknown flag {unknown[0].split('=')[0]}" + (f"; did you mean --{near[0]}?" if near else " (see --help)"))
-    return cls(**vars(args))
+    config = cls(**vars(typed))
+    config.typed = set(vars(typed))  # what was said, and not left as it is
+    return config
 
 
 def stop(message: str) -> None:

@@ -163,6 +163,7 @@ class Judge:
         def read(verdicts=cls.verdicts):
             for line in pipe:
                 verdicts.put(line.strip())
+            verdicts.put("ended")
 
         threading.Thread(target=read, daemon=True).start()
         if cls.verdicts.get(timeout=60) != "ready":

@@ -15,7 +15,8 @@ import torch
 
 from data import InputError
 from data.prefix import longest_response
-from loss import MEMORY_BUDGET, TILE
+from data.run import teacher_needed, teacher_writes
+from loss import sizes
 from model import AMD, Transformer, checkpoint_folder, choose_device, free_memory, head_dim_of, load_config
 from sample import Rollout
 
@@ -51,11 +52,13 @@ def activation_bytes(config, tokens: int, half: bool, recompute: bool = False) -
 
 def memory_parts(
     student, teacher, *, batch: int, micro_batch: int, tokens: int, half: bool, recompute: bool = False,
+    writers: tuple = (),
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes that a training step takes, by part, at its two peaks: (while sampling, while learning).
 
     student, teacher (or None): configurations. `batch` rows are sampled, `micro_batch` rows are learned from at once,
-    of up to `tokens` tokens each, prompt and response together. An estimate: within 15% on a CPU by a test, never yet
+    of up to `tokens` tokens each, prompt and response together. writers: configurations of the models that sample, if
+    not the student alone. An estimate: within 15% on a CPU by a test, never yet
     held against a GPU.
     """
     P, P_t = count_parameters(student), count_parameters(teacher) if teacher is not None else 0
@@ -65,11 +68,13 @@ def memory_parts(
         always["student: bfloat16 copy that samples"] = 2 * P
     if teacher is not None:
         always["teacher"] = size * P_t
-    kv = 2 * student.num_hidden_layers * student.num_key_value_heads * head_dim_of(student)
+    kv = max(2 * c.num_hidden_layers * c.num_key_value_heads * head_dim_of(c) for c in writers or (student,))
     sampling = {"KV cache": batch * tokens * kv * size,
-                "logits, and prompts being read": batch * V * (size + 12) + min(batch * tokens, 2**14) * size * 3 * I}
+                "logits of the new tokens": batch * V * (size + 12),
+                "prompts being read": min(batch * tokens, 2**14) * size * 3 * I}
     rows = micro_batch * tokens
-    logits = min(MEMORY_BUDGET, (rows * V * (1 if teacher is None else 2) + 32 * TILE) * 4)
+    budget, tile = sizes("cuda" if half else "cpu")
+    logits = min(budget, (rows * V * (1 if teacher is None else 2) + 32 * tile) * 4)
     learning = {"gradients": 4 * P, "gradient of the head, on its way": 4 * V * H * (2 if half else 1),
                 "logits of a chunk, and what is done to them": logits,
                 "activations kept for backward": activation_bytes(student, rows, half, recompute)
@@ -81,8 +86,15 @@ def predicted_memory(config, student, teacher, longest: int, micro_batch: int, p
     """(while sampling, while learning), bytes by part, if a prompt and its response take up to `longest` tokens.
     process: what the process holds without the models, where that counts too (on a CPU)."""
     parts = memory_parts(student, teacher, batch=config.batch_size, micro_batch=micro_batch, tokens=longest,
-                         half=config.dtype == "bfloat16", recompute=config.recompute)  # fmt: skip
+                         half=config.dtype == "bfloat16", recompute=config.recompute,
+                         writers=(student, teacher) if teacher_writes(config) else ())  # fmt: skip
     return [({"Python and its libraries": process} if process else {}) | p for p in parts]
+
+
+def room_for_slots(config, student, teacher, longest: int, process: int, free: float) -> int:
+    """Bytes that are left for the cache and the logits while sampling, beside everything else."""
+    parts = predicted_memory(config, student, teacher, longest, config.micro_batch, process)[0]
+    return max(1, int(free - sum(v for k, v in parts.items() if k not in ("KV cache", "logits of the new tokens"))))
 
 
 def say_memory(config, student, teacher, longest: int, process: int, free: float) -> None:
@@ -162,24 +174,37 @@ def plan(config) -> None:
     device = choose_device(config.device)
     config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     student, teacher = (load_config(checkpoint_folder(c, ("config.json",))) for c in (config.student, config.teacher))
+    teacher = teacher if teacher_needed(config) else None
     L, longest = min(config.prefix_len, whole), min(longest_response(config), whole)
     free = config.memory * 2**30 or int(0.9 * free_memory(device))
     micro_batch = config.micro_batch or choose_micro_batch(config, student, teacher, prompt + longest, free)
-    print(f"student {config.student}: {count_parameters(student):,} parameters; teacher {config.teacher}: "
-          f"{count_parameters(teacher):,}\nassumed: prompts of {prompt} tokens, whole responses of {whole}, batch "
-          f"{config.batch_size}, micro-batch {micro_batch}, {config.dtype}\n\n"
-          f"memory with responses of {longest} tokens, GB")
+    who = f"teacher {config.teacher}: {count_parameters(teacher):,}" if teacher else "no teacher"
+    print(f"student {config.student}: {count_parameters(student):,} parameters; {who}\nassumed: prompts of {prompt} "
+          f"tokens, whole responses of {whole}, batch {config.batch_size}, micro-batch {micro_batch}, {config.dtype}\n"
+          f"\nmemory with responses of {longest} tokens, GB")
     peaks = sampling, learning = predicted_memory(config, student, teacher, prompt + longest, micro_batch,
                                                     process_memory(device, config.student))  # fmt: skip
     for part in sampling | learning:
         print(f"  {part:48}" + "".join(f"{x[part] / 1e9:10.2f}" if part in x else " " * 10 for x in peaks))
     print(f"  {'in all, while sampling and while learning':48}{sum(sampling.values()) / 1e9:10.2f}"
-          f"{sum(learning.values()) / 1e9:10.2f}\n  {'free here':48}{free / 1e9:10.2f}")
+          f"{sum(learning.values()) / 1e9:10.2f}\n  {'allowed (--memory)' if config.memory else 'free here':48}"
+          f"{free / 1e9:10.2f}")
+    largest = max(peaks, key=lambda p: sum(p.values()))
+    short, part = sum(largest.values()) - free, max(largest, key=largest.get)
+    print(f"does not fit: {short / 1e9:.2f} GB short; the largest part is {part}" if short > 0 else "fits")
 
     def step_flops(length: int) -> list[float]:
-        fed = prompt + length - 1
-        once = [config.batch_size * count_flops(c, fed, fed * (fed + 1) / 2, length) for c in (student, teacher)]
-        return [once[0], once[1], 3 * once[0]]
+        def once(model, tokens: int, heads: float) -> float:  # one reading of all prompts and responses
+            fed = prompt + tokens - 1
+            return config.batch_size * count_flops(model, fed, fed * (fed + 1) / 2, heads)
+
+        sampled = length if config.window == "prefix" else longest
+        read = sampled if config.window in ("last", "random") else length  # random: at most
+        theirs = {"student": config.mix, "teacher": 1, "data": 0}[config.rollout]
+        ours = 1 - config.mix if config.rollout == "student" else 0
+        return [ours * once(student, sampled, sampled) + (theirs * once(teacher, sampled, sampled) if theirs else 0),
+                once(teacher, read, length) if config.loss != "cross_entropy" else 0.0,
+                3 * once(student, read, length)]  # fmt: skip
 
     full = sum(step_flops(whole))
     print(f"\nTFLOP a step\n  {'prefix_len':>10} {'sampling':>12} {'teacher':>12} {'student':>12} {'all':>12}  saving")
@@ -191,6 +216,9 @@ def plan(config) -> None:
     if config.full_every:
         mean = sum(step_flops(L)) + (sum(step_flops(longest)) - sum(step_flops(L))) / config.full_every
         print(f"  --full_every {config.full_every}: {mean / 1e12:.4g} a step on average, {full / mean:.1f}x")
+    run = config.steps * sum(step_flops(L))
+    hours = f", {run / 1e14 / 3600:.1f} hours where 100 TFLOP/s are reached" if run > 3.6e16 else ""
+    print(f"{config.steps} steps at {L}: {run / 1e12:,.6g} TFLOP{hours}")
 
 
 def update_norm(optimizer) -> float:

@@ -22,7 +22,7 @@ import torch
 from data import InputError, flag, load_jsonl, resolve
 from data.answers import is_correct
 from data.run import read_log
-from data.tokenizer import Tokenizer, check_same
+from data.tokenizer import Tokenizer, check_same, prompted_as_trained
 from eval import score, wilson
 from model import Transformer, checkpoint_folder, choose_device
 from sample import Rollout, generate
@@ -65,6 +65,7 @@ def load(config: Config):
     device = choose_device(config.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     folders = [checkpoint_folder(path) for path in config.student.split(",")]
+    prompted_as_trained(config, folders[-1])
     tokenizer = Tokenizer(folders[0], config.chat, config.system, config.thinking)
     theirs = Tokenizer(checkpoint_folder(config.teacher), "off")
     check_same(tokenizer, theirs)
@@ -75,7 +76,10 @@ def load(config: Config):
         raise InputError(f"--index {config.index}: the data has rows 0 to {len(rows) - 1}")
     for row in rows:
         row["prompt_ids"] = tokenizer.encode_prompt(row["prompt"])
-    students = {f"{f.parent.name}/{f.name}": Transformer.from_pretrained(f, device, dtype) for f in folders}
+    names = [f"{f.parent.name}/{f.name}" for f in folders]
+    if len(set(names)) < len(names):
+        names = [str(f) for f in folders]
+    students = {name: Transformer.from_pretrained(f, device, dtype) for name, f in zip(names, folders)}
     teacher = Transformer.from_pretrained(checkpoint_folder(config.teacher), device, dtype)
     return students, teacher, tokenizer, tuple(sorted(i for i in stops if i < vocab)), vocab, rows
 
@@ -470,7 +474,8 @@ def group_runs(folders: list[str]) -> dict[str, list[dict]]:
         "plan_lens",
         "teacher_cache",
     }
-    keys = [k for k in runs[0]["config"] if k not in ignored and len({str(r["config"].get(k)) for r in runs}) > 1]
+    known = dict.fromkeys(k for r in runs for k in r["config"])  # an older run lacks the flags made since
+    keys = [k for k in known if k not in ignored and len({str(r["config"].get(k) or 0) for r in runs}) > 1]
     groups: dict[str, list[dict]] = {}
     for run in runs:
         said = [f"{k} {run['config'].get(k)}" for k in keys if run["config"].get(k) not in (None, 0)]
@@ -495,7 +500,7 @@ def compare_runs(folders: list[str], out: str = "runs.png", goals: tuple[float, 
         "sampled_length": "length, sampled, tokens",
     }
     rows = {k: v for k, v in rows.items() if all(k in p for g in groups.values() for r in g for p in r["points"])}
-    if not rows:
+    if not rows or not all(r["points"] for g in groups.values() for r in g):
         raise InputError("runs: no metric was evaluated in all of these runs; train with --eval_every")
     columns = {"flop": "training FLOP", "tokens": "tokens trained on", "seconds": "seconds of training"}
     figure, grid = axes(len(rows), len(columns), 4.6, 2.8)
@@ -518,6 +523,7 @@ def compare_runs(folders: list[str], out: str = "runs.png", goals: tuple[float, 
                     panel.set_yscale("log")
     grid[0, 0].legend(fontsize=7)
     several = max(len(runs) for runs in groups.values())
+    spread = ", mean (lowest to highest seed)" if several > 1 else ""
     figure.suptitle(f"Mean over seeds (up to {several}); band: lowest to highest seed", fontsize=11)
 
     constant = [n for n, runs in groups.items() if runs[0]["config"]["schedule"] == "constant"] or list(groups)
@@ -525,24 +531,28 @@ def compare_runs(folders: list[str], out: str = "runs.png", goals: tuple[float, 
     for key, goal in itertools.product([k for k in rows if k.endswith("accuracy")], goals):
         needed = {n: [flop_to_reach(r["points"], key, goal) for r in runs] for n, runs in groups.items()}
         numbers.setdefault(f"flop_to_reach_{key}", {})[str(goal)] = needed
-        print(f"\nFLOP until {rows[key]} reaches {goal} (lowest to highest seed), and the saving over '{full}':")
+        if all(math.isnan(v) for values in needed.values() for v in values):
+            continue
+        print(f"\nFLOP until {rows[key]} reaches {goal}{spread}, and the saving over '{full}':")
         for name, values in needed.items():
             reached = [v for v in values if not math.isnan(v)]
             line = f"  {name:40} {len(reached)} of {len(values)} runs"
             if reached:
-                line += f", {sum(reached) / len(reached):.3g} ({min(reached):.3g} to {max(reached):.3g})"
+                line += f", {sum(reached) / len(reached):.3g}"
+                line += f" ({min(reached):.3g} to {max(reached):.3g})" if several > 1 else ""
                 if len(reached) == len(values) and not math.isnan(sum(needed[full])) and sum(reached) > 0:
                     line += f", {sum(needed[full]) / len(needed[full]) / (sum(reached) / len(reached)):.2f}x"
             print(line)
     for cost, part in itertools.product(("flop", "tokens"), (0.5, 1.0)):
         spent = part * min(r["points"][-1][cost] for runs in groups.values() for r in runs)
-        print(f"\nAt {spent:.3g} {columns[cost].removeprefix('training ')}, mean (lowest to highest seed):")
+        print(f"\nAt {spent:.3g} {columns[cost].removeprefix('training ')}{spread}:")
         equal = {name: {k: [at_cost(r["points"], k, cost, spent) for r in runs] for k in rows}
                  for name, runs in groups.items()}  # fmt: skip
         numbers.setdefault(f"at_equal_{cost}", {})[str(spent)] = equal
         for name, found in equal.items():
             print(f"  {name:40} " + ", ".join(
-                f"{rows[k]} {sum(v) / len(v):.3f} ({min(v):.3f} to {max(v):.3f})" for k, v in found.items()
+                f"{rows[k]} {sum(v) / len(v):.3f}" + (f" ({min(v):.3f} to {max(v):.3f})" if several > 1 else "")
+                for k, v in found.items()
                 if k == "kl" or k.endswith("accuracy")))  # fmt: skip
     write(figure, out, numbers)
 

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -75,11 +76,19 @@ def check_flags(config) -> None:
            f"--prefix_len {c.prefix_len}")
     refuse(c.full_every > 0 and c.window != "prefix", "--full_every and --window exclude each other: a window already "
            "samples whole responses")
+    refuse(0 < c.mix and round(c.mix * c.batch_size) == 0,
+           f"--mix {c.mix} of --batch_size {c.batch_size} is less than one row: raise the one or the other")
+    refuse(c.schedule == "adaptive" and c.window not in ("prefix", "first"),
+           "--schedule adaptive follows the end of the prefix, which --window last and random have not")
     refuse(c.resume and c.overwrite, "--resume and --overwrite contradict each other")
 
 
 def teacher_writes(config) -> bool:
     return config.rollout == "teacher" or config.mix > 0 or config.teacher_prefix > 0
+
+
+def teacher_needed(config) -> bool:
+    return teacher_writes(config) or config.loss != "cross_entropy"
 
 
 def load_pair(config, device: torch.device, dtype: torch.dtype, resume_from: Path | None):
@@ -91,7 +100,7 @@ def load_pair(config, device: torch.device, dtype: torch.dtype, resume_from: Pat
     folder = checkpoint_folder(config.student)
     tokenizer, teacher, theirs = Tokenizer(folder, config.chat, config.system, config.thinking), None, None
     vocab, stop_ids = tokenizer.vocab_size, {*tokenizer.stop_ids, *tokenizer.stop_ids_of(config.stop_tokens)}
-    if teacher_writes(config) or config.loss != "cross_entropy":
+    if teacher_needed(config):
         teacher_folder = checkpoint_folder(config.teacher)
         theirs = Tokenizer(teacher_folder, "off" if config.chat == "off" else "auto")
         if theirs.chats():
@@ -109,10 +118,10 @@ def load_pair(config, device: torch.device, dtype: torch.dtype, resume_from: Pat
     for name, model in (("student", student), ("teacher", teacher)):
         if model is not None and vocab > model.head.shape[0]:
             raise InputError(f"--{name}: its tokenizer has {vocab} ids, its head {model.head.shape[0]} rows")
-    print(f"student {folder.name}: {sum(p.numel() for p in student.parameters()):,} parameters, float32", end="")
+    print(f"student {config.student}: {sum(p.numel() for p in student.parameters()):,} parameters, float32", end="")
     if teacher is not None:
         count = sum(p.numel() for p in teacher.parameters())
-        print(f"; teacher {teacher_folder.name}: {count:,}, {config.dtype}", end="")
+        print(f"; teacher {config.teacher}: {count:,}, {config.dtype}", end="")
     stop_ids = tuple(sorted(i for i in stop_ids if i < vocab))
     print(f"\nvocabulary {vocab:,} of {student.head.shape[0]:,} rows; stop tokens "
           + ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in stop_ids)
@@ -120,13 +129,32 @@ def load_pair(config, device: torch.device, dtype: torch.dtype, resume_from: Pat
     return student, teacher, tokenizer, theirs, vocab, stop_ids
 
 
-def load_prompts(config, tokenizer: Tokenizer, models: list[Transformer]) -> tuple[list[dict], list[dict], int]:
-    """(rows to train on, encoded; rows to be judged on; tokens of the longest prompt and response together)."""
+def read_prompts(config) -> tuple[list[dict], list[dict]]:
+    """(rows to train on, rows to be judged on)."""
     need = ("prompt", "solution") if config.rollout == "data" else ("prompt",)
     rows, test = load_jsonl(resolve(config.data, "train"), need), []
-    if (config.eval_problems or config.eval_kl) and (config.eval_data or (HERE / config.data).is_dir()):
+    if not config.eval_problems and not config.eval_kl:
+        return rows, test
+    own = (HERE / config.data / "test.jsonl").is_file()
+    if config.eval_data or own:
         need = ("prompt", "answer") if config.eval_problems else ("prompt",)
-        test = load_jsonl(resolve(config.eval_data or config.data, "test"), need)
+        file = resolve(config.eval_data or config.data, "test", "eval_data" if config.eval_data else "data")
+        try:
+            test = load_jsonl(file, need)
+        except InputError as error:
+            mend = "; --eval_problems 0 measures only the KL, which needs none" if '"answer"' in str(error) else ""
+            raise InputError(f"{error}{mend}") from None
+    elif config.eval_every:
+        raise InputError(f"--eval_every {config.eval_every}: --data {config.data} has no held-out problems; give some "
+                         "with --eval_data")  # fmt: skip
+    else:
+        print("no held-out problems (--eval_data): only the training loss will be known")
+    return rows, test
+
+
+def encode_prompts(config, rows: list[dict], tokenizer: Tokenizer, models: list[Transformer]) -> int:
+    """Adds `prompt_ids` to the rows (and `solution_ids`). Returns the tokens of the longest prompt and response
+    together, which the models must have room for."""
     for row in tqdm(rows, desc="tokenize", leave=False, delay=2):
         row["prompt_ids"] = tokenizer.encode_prompt(row["prompt"])
         if config.rollout == "data":
@@ -141,7 +169,7 @@ def load_prompts(config, tokenizer: Tokenizer, models: list[Transformer]) -> tup
                 f"--{flag_name} {cap} and the longest prompt of --data, {longest} tokens, exceed the "
                 f"{model.config.max_position_embeddings} positions of the model: lower the one or shorten the other"
             )
-    return rows, test, longest + cap
+    return longest + cap
 
 
 # Between a run and its resumption. Those of the second line change the last bits of the arithmetic at most.
@@ -150,7 +178,8 @@ MAY_CHANGE = {"steps", "eval_every", "save_every", "keep", "resume", "overwrite"
 
 
 def find_run(config) -> Path | None:
-    """The checkpoint to resume from, or None for a fresh run. Refuses what would destroy or mix up an earlier run."""
+    """The checkpoint to resume from, or None for a fresh run. Refuses what would destroy or mix up an earlier run. On
+    --resume, `config` gets the run's own settings for all flags that were not typed."""
     out = Path(config.out_dir)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out_dir {out} is a file, expected a folder")
@@ -160,6 +189,9 @@ def find_run(config) -> Path | None:
             raise InputError(f"--resume: no complete checkpoint in --out_dir {out}")
         before = read_json(complete[-1] / "state.json")["config"]
         config.micro_batch = config.micro_batch or before["micro_batch"]  # as it was chosen then, for the last bits
+        for name in before.keys() - {"resume", "overwrite", "out_dir", "plan"}:  # flags that were not typed stay
+            if hasattr(config, name) and name not in getattr(config, "typed", before):
+                setattr(config, name, before[name])
         now = asdict(config)
         was = {name: before.get(name, now[name]) for name in now if name not in ("resume", "overwrite", "out_dir")}
         differ = {name: f"--{name} is {now[name]!r} and was {w!r}" for name, w in was.items() if w != now[name]}
@@ -175,7 +207,8 @@ def find_run(config) -> Path | None:
             raise InputError(f"--resume: --steps cannot change, since --steps {before['steps']} set the pace of {what}")
         return complete[-1]
     if files_of_run(out) and not config.overwrite:
-        raise InputError(f"--out_dir {out} already holds a run; continue it with --resume, discard it with --overwrite")
+        go_on = "continue it with --resume, " if checkpoints(out) else ""
+        raise InputError(f"--out_dir {out} already holds a run; {go_on}discard it with --overwrite")
     for name in ("student", "teacher"):
         if any(old.resolve() in (used := Path(getattr(config, name)).resolve(), *used.parents)
                for old in files_of_run(out)):  # fmt: skip
@@ -230,6 +263,30 @@ def open_run(config, resume_step: int | None) -> Log:
     elif log.is_file():  # what was logged after the checkpoint will be logged again, and a torn last line goes
         rewrite_log(log, [r for r in read_log(log) if r["step"] <= resume_step])
     return Log(config)
+
+
+def read_kept(file: Path, key: str) -> list[dict]:
+    """The records of a file of kept responses, if it exists. Raises InputError if it is a file of another kind, which
+    would be written over."""
+    if not file.is_file() or not file.read_bytes().strip():
+        return []
+    try:
+        records = read_log(file)
+    except UnicodeDecodeError:
+        records = []
+    if not records or not isinstance(records[0], dict) or key not in records[0]:
+        raise InputError(f"{file}: is there already and holds something else than responses: name another file")
+    return records
+
+
+def fingerprint(folder: Path) -> list[list]:
+    """What tells a checkpoint's weights from others: name, size and a checksum of the last megabyte of each file."""
+    found = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as handle:
+            handle.seek(max(0, file.stat().st_size - 2**20))
+            found.append([file.name, file.stat().st_size, zlib.crc32(handle.read())])
+    return found
 
 
 def read_log(log: Path) -> list[dict]:
@@ -301,9 +358,9 @@ def summarize(log_path: Path, saved: Path, cut: bool) -> None:
     steps, judged = [r for r in records if "loss" in r], [r for r in records if "eval" in r]
     first, final = steps[0], steps[-1]
     note = " (interrupted; go on with --resume)" if cut else ""
-    alike = [r for r in steps if r["prefix_len"] == first["prefix_len"]][-1]  # whole responses are not to be compared
-    where = "" if alike is final else f" at step {alike['step']}, the last of prefix_len {first['prefix_len']}"
-    print(f"\nafter {final['step']} steps{note}: loss {first['loss']:.4f} -> {alike['loss']:.4f}{where}")
+    alike = first["prefix_len"] == final["prefix_len"]
+    ends = [f"{r['loss']:.4f}" + ("" if alike else f" (prefix_len {r['prefix_len']})") for r in (first, final)]
+    print(f"\nafter {final['step']} steps{note}: loss {' -> '.join(ends)}")
     for manner in ("greedy", "sampled", "kl"):
         mine = [r for r in judged if r["eval"] == "student" and r["manner"] == manner]
         if not mine or mine[-1]["step"] != final["step"]:
@@ -328,34 +385,40 @@ def summarize(log_path: Path, saved: Path, cut: bool) -> None:
           + f"; all steps {final['total_seconds']:.1f}, evaluations {sum(r['seconds'] for r in judged):.1f}")
     print(f"  {final['total_tokens_trained']:,} tokens trained on, {final['total_flop'] / 1e12:.3g} TFLOP, "
           f"{final['total_flop'] / final['total_seconds'] / 1e9:.1f} GFLOP/s")
-    print(f"  checkpoint {saved}\n  talk to it: python sample.py --model {saved}\n  log {log_path}")
+    config = read_json(log_path.with_name("config.json"))
+    data = config["eval_data"] or config["data"]
+    also = "" if data == "chains" else f" --data {data}"
+    print(f"  checkpoint {saved}\n  talk to it: python sample.py --model {saved}{also}\n  log {log_path}")
 
 
 class ResponseCache:
     """The teacher's responses in a JSON-lines file: first a record of what they depend on, then one a prompt.
 
-    A line is written when a response is; one torn by a kill is dropped. Raises InputError when the file holds responses
-    of another teacher or of other settings.
+    A line is written when a response is; one torn by a kill is dropped. A run that is resumed at first_step forgets
+    what it had written from that step on: it will be written, and paid for in the books, again. Raises InputError when
+    the file holds responses of another teacher or of other settings, or is no such file.
     """
 
-    def __init__(self, config, stop_ids: tuple[int, ...]):
-        self.path, self.responses = Path(config.teacher_cache), {}
+    def __init__(self, config, stop_ids: tuple[int, ...], first_step: int = 0):
+        self.path, self.run, self.responses = Path(config.teacher_cache), config.out_dir, {}
         names = ("teacher", "data", "temperature", "chat", "system", "thinking", "seed")
         made = {name: getattr(config, name) for name in names}
         made["cap"] = longest_response(config)
-        made["stop_ids"] = list(stop_ids)
-        records = read_log(self.path) if self.path.is_file() else []
+        made["stop_ids"], made["weights"] = list(stop_ids), fingerprint(checkpoint_folder(config.teacher))
+        records = read_kept(self.path, "teacher")
         for name, value in made.items():
             if records and records[0].get(name) != value:
                 raise InputError(f"--teacher_cache {self.path} was made with {name} {records[0].get(name)!r}, this run "
                                  f"has {value!r}: name another file, or delete it")  # fmt: skip
         try:
-            self.responses = {r["prompt"]: r["response"] for r in records[1:]}
-            rewrite_log(self.path, records or [made])
+            kept = [r for r in records[1:] if not first_step or r["run"] != self.run or r["step"] < first_step]
+            self.responses = {tuple(r["prompt_ids"]): r["response"] for r in kept}
+            rewrite_log(self.path, [made, *kept])
         except (KeyError, TypeError, OSError) as error:
             raise InputError(f"--teacher_cache {self.path}: cannot be used ({error!r})") from None
 
-    def add(self, prompt: str, response: list[int]) -> None:
-        self.responses[prompt] = response
+    def add(self, prompt_ids: list[int], response: list[int], step: int) -> None:
+        self.responses[tuple(prompt_ids)] = response
+        record = {"prompt_ids": prompt_ids, "response": response, "run": self.run, "step": step}
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"prompt": prompt, "response": response}) + "\n")
+            file.write(json.dumps(record) + "\n")

@@ -276,3 +276,16 @@ def check_same(student: Tokenizer, teacher: Tokenizer) -> None:
                 f"student and teacher have different tokenizers: id {i} is {ours!r} in {student.folder} and {theirs!r} "
                 f"in {teacher.folder}. Choose a pair of one family"
             )
+
+
+def prompted_as_trained(config, folder: Path) -> None:
+    """Give `config` the chat, system and thinking flags of the run that wrote a checkpoint, where it has its defaults:
+    a student is to be asked as it was taught."""
+    file = folder / "state.json"
+    trained, said = read_json(file).get("config", {}) if file.is_file() else {}, []
+    for name, default in (("chat", "auto"), ("system", ""), ("thinking", "")):
+        if name not in getattr(config, "typed", (name,)) and trained.get(name, default) != default:
+            setattr(config, name, trained[name])
+            said.append(f"--{name} {trained[name]}")
+    if said:
+        print(f"prompts as in its training: {' '.join(said)}")

@@ -377,7 +377,7 @@ def test_malformed_lines_are_named(tmp_path, line, message):
 
 def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match="cannot be read as UTF-8"):
+    with pytest.raises(InputError, match="not UTF-8 text"):
         load_jsonl(tmp_path / "x.jsonl")
     (tmp_path / "x.jsonl").write_text("\n")
     with pytest.raises(InputError, match="no rows"):

@@ -137,6 +137,14 @@ def test_runs_are_grouped_by_what_differs_and_the_saving_is_of_flop(tmp_path, ca
     assert math.isnan(diagnose.at_cost([{"flop": 0.0, "x": 0.1}, {"flop": 1.0, "x": 0.2}], "x", "flop", 1.5))
     assert math.isnan(diagnose.flop_to_reach([{"flop": 0.0, "x": 0.1}], "x", 0.5))
     assert diagnose.flop_to_reach([{"flop": 0.0, "x": 0.6}], "x", 0.5) == 0.0
+    older = tmp_path / "a1/config.json"  # written before there was a flag, which then was off
+    runs = [str(tmp_path / x) for x in ("a1", "a2")]
+    newer = tmp_path / "a2/config.json"
+    newer.write_text(json.dumps({**json.loads(older.read_text()), "full_every": 5, "seed": 2}))
+    assert list(diagnose.group_runs(runs)) == ["all runs", "full_every 5"]
+    (tmp_path / "a1/log.jsonl").write_text("")
+    with pytest.raises(InputError, match="train with --eval_every"):
+        diagnose.compare_runs(runs)
     with pytest.raises(InputError, match="no log.jsonl there"):
         diagnose.compare_runs([str(tmp_path)])
 

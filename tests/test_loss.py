@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loss import LOSSES, distill_loss
+from loss import LOSSES, distill_loss, even_chunks, sizes
 from tests.reference import dense_loss
 
 
@@ -238,7 +238,7 @@ def test_only_what_needs_a_gradient_gets_one():
 def test_memory_stays_in_the_budget(monkeypatch):
     """Counted: every byte that is alive at once beyond inputs, gradients and statistics."""
     n, v, budget = 700, 4000, 6 * 2**20  # all logits at once: 2 x 11 MB
-    monkeypatch.setattr("loss.TILE", 2**14)
+    monkeypatch.setattr("loss.sizes", lambda device_type: (2**28, 2**14))
     g = torch.Generator().manual_seed(0)
     hidden_s, head_s = torch.randn(n, 8, generator=g).requires_grad_(), torch.randn(v, 8, generator=g).requires_grad_()
     for loss in LOSSES:
@@ -250,6 +250,13 @@ def test_memory_stays_in_the_budget(monkeypatch):
         assert allocations.peak - kept < budget, (loss, allocations.peak - kept)
         assert allocations.peak > budget / 2, "the budget is there to be used"
         hidden_s.grad = head_s.grad = None
+
+
+@pytest.mark.parametrize("device, least", [("cpu", 150), ("cuda", 500)])
+def test_chunks_of_a_large_vocabulary_are_worth_a_pass_over_the_head(device, least):
+    """What is set aside for elementwise work must not eat the budget: chunks of one row would be right, and useless."""
+    budget, tile = sizes(device)
+    assert even_chunks(65_536, (budget - 32 * tile * 4) // (2 * 151_936 * 4)) >= least
 
 
 def test_statistics_are_what_their_names_say():

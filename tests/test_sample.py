@@ -195,6 +195,22 @@ def test_out_of_memory_halves_the_slots_and_loses_nothing(model, monkeypatch, ca
         generate(model, prompts, 20, (3, 4), slots=8)
 
 
+def test_compiling_makes_few_graphs(monkeypatch):
+    """Prompts of another length, or a longer response, must not compile the model again and again: there is a limit,
+    beyond which torch computes as if nothing had been asked."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter, compiled = CompileCounterWithBackend("eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda m, mode, dynamic: compiled(m, backend=counter, dynamic=dynamic))
+    model, counts = live(CONFIG, seed=0), []
+    for longest in (3, 9, 20, 31, 40):
+        generate(model, [[5] * longest, [6]], 200, (), generator=torch.Generator().manual_seed(5), compile=True)
+        counts.append(counter.frame_count)
+    torch._dynamo.reset()
+    assert 1 <= counts[-1] <= 4, counts  # extents 128 and 256, all of one cache
+
+
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_the_compiled_decode_step_is_equal():
     prompts = ragged_prompts(5, seed=4)

@@ -263,7 +263,7 @@ def test_growing_and_windowed_runs_resume_where_they_were(flags, tmp_path):
 def respond(step, rows: list[dict], prefix_len: int, cache=None, **flags):
     student, teacher, _, tokenizer = step
     config = train.Config(prefix_len=prefix_len, dtype="float32", **flags)
-    return train.respond(rows, prefix_len, config, student, teacher, tokenizer, tokenizer.stop_ids,
+    return train.respond(rows, 0, prefix_len, config, student, teacher, tokenizer, tokenizer.stop_ids,
                          tokenizer.vocab_size, torch.Generator().manual_seed(5), cache)  # fmt: skip
 
 
@@ -324,6 +324,27 @@ def test_the_teachers_responses_come_from_the_cache(step, problems, tmp_path):
     assert len(Path(config.teacher_cache).read_text().splitlines()) == 7  # the header, four rows, two more
     with pytest.raises(InputError, match="was made with temperature 1.0, this run has 0.7"):
         run_folder.ResponseCache(replace(config, temperature=0.7), (2,))
+
+
+def test_a_resumed_run_pays_again_for_what_it_had_cached_after_its_checkpoint(step, problems, tmp_path):
+    config = train.Config(teacher_cache=str(tmp_path / "cache.jsonl"), prefix_len=40)
+    cache = run_folder.ResponseCache(config, (2,))
+    for i in range(3):  # steps 1, 2, 3, the last after the checkpoint
+        cache.add(problems[i]["prompt_ids"], [7, 8, i], i)
+    assert len(run_folder.ResponseCache(config, (2,), first_step=2).responses) == 2
+    cache.add(problems[2]["prompt_ids"], [7, 8, 2], 2)
+    other = replace(config, out_dir="another")
+    assert len(run_folder.ResponseCache(other, (2,), first_step=1).responses) == 3  # another run's stay
+
+
+def test_a_file_of_another_kind_is_not_written_over(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    for text in ('{\n "a": 1\n}\n', "# Notes\n", '{"a": 1}\n', "[1]\n", "\u00e9".encode("latin-1")):
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        before = file.read_bytes()
+        with pytest.raises(InputError, match="holds something else than responses"):
+            run_folder.ResponseCache(train.Config(teacher_cache=str(file)), (2,))
+        assert file.read_bytes() == before
 
 
 def test_iw_weights_are_the_definition(step):
@@ -430,6 +451,9 @@ def test_a_resumed_run_equals_one_left_alone(finished_run, tmp_path):
     assert last[0] == last[1]
     a, b = (load_file(o / "step_000003/model.safetensors") for o in (out, finished_run[0]))
     assert all(torch.equal(a[name], b[name]) for name in a)
+    more = run("train.py", "--out_dir", out, "--resume", "--steps", "4", "--eval_every", "3")  # the rest is as it was
+    assert more.returncode == 0, more.stderr
+    assert records(out)[-1]["step"] == 4 and any(r["step"] == 3 and "eval" in r for r in records(out))
     changed = run("train.py", *TINY, "--out_dir", out, "--resume", "--lr", "1e-3")
     assert changed.returncode == 2 and "--lr is 0.001 and was 0.0005. Only these may change: --" in changed.stderr
 
@@ -539,6 +563,10 @@ def test_plan_needs_nothing_but_two_configurations(tmp_path):
     assert table[100][:3] == pytest.approx(expected, rel=1e-3)
     assert table[100][-1] == pytest.approx(table[3000][3] / table[100][3], abs=0.05)
     assert "548" in result.stdout.replace("547,936", "548") and "KV cache" in result.stdout
+    assert "\nfits\n" in result.stdout and "hours" not in result.stdout
+    sft = run("train.py", "--plan", *pair, "--rollout", "data", "--loss", "cross_entropy", "--memory", "0.1").stdout
+    assert "no teacher" in sft and "does not fit: " in sft and "allowed (--memory)" in sft
+    assert all(line.split()[1:3] == ["0", "0"] for line in sft.splitlines() if line.endswith("x"))
     wrong = run("train.py", "--plan", "--plan_lens", "many")
     assert wrong.returncode == 2 and "--plan_lens many: expected two numbers" in wrong.stderr
 
@@ -645,6 +673,9 @@ def bad(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     (folder / "text.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"\n')
     (folder / "empty.jsonl").write_text('{"prompt": ""}\n')
+    (folder / "good.jsonl").write_text('{"prompt": "a"}\n')
+    (folder / "run/step_000003").mkdir(parents=True)
+    (folder / "run/log.jsonl").write_text("")
     (folder / "used").mkdir()
     (folder / "used/log.jsonl").write_text("")
     shutil.copytree(TEACHER, folder / "other")
@@ -675,13 +706,21 @@ def bad(tmp_path_factory):
     ("train.py --student BAD/nowhere", "no such folder"),
     ("train.py --teacher BAD/torn", "model.norm.weight is missing"),
     ("train.py --teacher BAD/other", "student and teacher have different tokenizers: id"),
-    ("train.py --out_dir BAD/used", "already holds a run; continue it with --resume, discard it with --overwrite"),
+    ("train.py --out_dir BAD/used", "already holds a run; discard it with --overwrite"),
     ("train.py --out_dir BAD/new --resume", "--resume: no complete checkpoint in --out_dir"),
     ("train.py --prefix_len 5000", "exceed the 2048 positions of the model"),
     ("train.py --loss sampled_kl --mix 0.5", "use it with --rollout student and --mix 0"),
     ("train.py --rollout data --teacher_prefix 3", "--mix and --teacher_prefix are for --rollout student"),
     ("train.py --prefix_len 8 --teacher_prefix 8", "--teacher_prefix 8 must lie below the shortest prefix, 8"),
     ("train.py --teacher_cache BAD/cache.jsonl", "--teacher_cache: in this run the teacher writes nothing"),
+    ("train.py --mix 0.1 --batch_size 4", "--mix 0.1 of --batch_size 4 is less than one row"),
+    ("train.py --schedule adaptive --window last", "which --window last and random have not"),
+    ("train.py --data BAD/good.jsonl --eval_every 5", "has no held-out problems; give some with --eval_data"),
+    ("train.py --eval_data nosuch", "--eval_data nosuch: no file"),
+    ("sample.py --model BAD/run", "is a run's folder; its checkpoints are"),
+    ("sample.py --model chains/techer", "did you mean chains/teacher?"),
+    ("eval.py --out BAD/x.jsonl", "expected a .json file"),
+    ("eval.py --max_new_tokens 100000", "positions of the model"),
     ("train.py --device cuda:99", "--device cuda:99: cannot be used here"),
     ("sample.py --indx 3", "unknown flag --indx; did you mean --index?"),
     ("sample.py --index 5000", "--index 5000: the data has rows 0 to 999"),

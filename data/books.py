@@ -92,9 +92,11 @@ def predicted_memory(config, student, teacher, longest: int, micro_batch: int, p
 
 
 def room_for_slots(config, student, teacher, longest: int, process: int, free: float) -> int:
-    """Bytes that are left for the cache and the logits while sampling, beside everything else."""
+    """Bytes that are left for the cache and the logits while sampling, beside everything else; at least enough for an
+    eighth of the batch, since a few rows at a time take forever."""
     parts = predicted_memory(config, student, teacher, longest, config.micro_batch, process)[0]
-    return max(1, int(free - sum(v for k, v in parts.items() if k not in ("KV cache", "logits of the new tokens"))))
+    wanted = parts.pop("KV cache") + parts.pop("logits of the new tokens")
+    return int(max(free - sum(parts.values()), wanted / 8))
 
 
 def say_memory(config, student, teacher, longest: int, process: int, free: float) -> None:

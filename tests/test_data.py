@@ -12,8 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from data import HERE, InputError, load_jsonl
 from data.answers import is_correct
 from data.chains import prepare
-from data.tokenizer import Tokenizer, byte_alphabet, check_same
+from data.tokenizer import Tokenizer, byte_alphabet, check_same, prompted_as_trained
 from data.walk import prepare as walk
+from sample import Config
 from tests.reference import solve
 
 TEACHER = HERE / "chains/teacher"
@@ -389,3 +390,15 @@ def test_line_separators_inside_a_string_do_not_split_it(tmp_path):
         json.dumps({"prompt": "a\u2028b\x85c", "answer": ""}, ensure_ascii=False), encoding="utf-8"
     )
     assert load_jsonl(tmp_path / "x.jsonl")[0]["prompt"] == "a\u2028b\x85c"
+
+
+def test_a_checkpoint_is_asked_as_it_was_taught(tmp_path, capsys):
+    trained = {"thinking": "off", "system": "Think.", "chat": "auto"}
+    (tmp_path / "state.json").write_text(json.dumps({"config": trained}))
+    config = Config()
+    config.typed = {"system"}  # --system '' was said
+    prompted_as_trained(config, tmp_path)
+    assert (config.thinking, config.system, config.chat) == ("off", "", "auto")
+    assert capsys.readouterr().out == "prompts as in its training: --thinking off\n"
+    prompted_as_trained(config, tmp_path / "none")  # a checkpoint from elsewhere
+    assert config.thinking == "off"

@@ -20,7 +20,7 @@ import data.run as run_folder
 import model as model_file
 import train
 from data import HERE, InputError, load_jsonl, prefix
-from data.books import count_flops, flop_books
+from data.books import count_flops, flop_books, predicted_memory, room_for_slots
 from data.tokenizer import Tokenizer
 from eval import by_position
 from model import Transformer
@@ -528,6 +528,16 @@ def test_predicted_memory_is_what_a_run_takes(tmp_path):
     found = re.search(r"memory: up to ([\d.]+) GB while sampling, ([\d.]+) while learning", result.stdout)
     peak = records(tmp_path / "out")[-1]["peak_memory"] / 1e9
     assert max(map(float, found.groups())) == pytest.approx(peak, rel=0.15)
+
+
+def test_sampling_stays_within_the_memory_allowed():
+    config = train.Config(batch_size=64, micro_batch=2, dtype="float32")
+    student, teacher = (Transformer.from_pretrained(f).config for f in (STUDENT, TEACHER))
+    parts = predicted_memory(config, student, teacher, 500, 2, process=10**8)[0]
+    wanted = parts["KV cache"] + parts["logits of the new tokens"]
+    rest = sum(parts.values()) - wanted
+    assert room_for_slots(config, student, teacher, 500, 10**8, rest + wanted // 2) == wanted // 2
+    assert room_for_slots(config, student, teacher, 500, 10**8, rest / 2) == wanted // 8
 
 
 def test_wandb_gets_the_same_records(tmp_path, monkeypatch):

@@ -5,15 +5,17 @@ import shutil
 import unicodedata
 
 import pytest
+import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data import HERE, InputError, load_jsonl
 from data.answers import is_correct
-from data.chains import prepare
+from data.chains import other_stop, prepare
 from data.tokenizer import Tokenizer, byte_alphabet, check_same, prompted_as_trained
 from data.walk import prepare as walk
+from model import Transformer
 from sample import Config
 from tests.reference import solve
 
@@ -402,3 +404,13 @@ def test_a_checkpoint_is_asked_as_it_was_taught(tmp_path, capsys):
     assert capsys.readouterr().out == "prompts as in its training: --thinking off\n"
     prompted_as_trained(config, tmp_path / "none")  # a checkpoint from elsewhere
     assert config.thinking == "off"
+
+
+def test_the_student_with_another_stop_is_the_same_but_for_that(tmp_path):
+    other_stop.main(tmp_path / "out", 0.5)
+    mine, theirs = (Transformer.from_pretrained(f) for f in (tmp_path / "out", HERE / "chains/student"))
+    assert Tokenizer(tmp_path / "out").stop_ids == (0,) and Tokenizer(HERE / "chains/student").stop_ids == (2,)
+    tokens = torch.randint(3, 600, (1, 30), generator=torch.Generator().manual_seed(0))
+    a, b = (m(tokens)[0] @ m.head.T for m in (mine, theirs))
+    assert torch.allclose(a[:, 3:], b[:, 3:]) and torch.allclose(a[:, 0], b[:, 2] / 2, atol=1e-5)
+    assert torch.allclose(a[:, 2], b[:, 0], atol=1e-5)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main picture again: prefixes of several lengths and three schedules against whole responses, three seeds each, then the pictures.
-# About 20 minutes on 2 cores of an Intel Xeon. What is there already is not run again, so it can be interrupted.
+# About 20 minutes on 2 cores of an Intel Xeon, and the stop-token trap at the end (not timed) perhaps half as much again. What is there already is not run again, so it can be interrupted.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 to=out_reproduce
@@ -27,3 +27,9 @@ for run in prefix16_seed1 prefix1024_seed1; do
 done
 python eval.py positions --student $before_during_after --out $to/positions.png
 python eval.py teacher_prefix --out $to/teacher_prefix.png
+
+[ -d $to/other_stop ] || python data/chains/other_stop.py $to/other_stop --scale 0.4
+for class in off on; do  # the stop-token trap; without the class a step takes longer and longer, since nothing ends
+    run stop_class_$class --student $to/other_stop --stop_class $class --max_new_tokens 256 --prefix_len 256
+done
+python eval.py runs $to/stop_class_*_seed? --out $to/stop_class.png | tee $to/stop_class.txt

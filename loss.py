@@ -268,8 +268,10 @@ def operand_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def blocks(head: Tensor, vocab: int, dtype: torch.dtype):
-    """(slice, block of the head in dtype): one block if it has that dtype already, else cast piece by piece."""
-    size = vocab if head.dtype == dtype else max(1, 16 * sizes(head.device.type)[1] // head.shape[1])
+    """(slice, block of the head in dtype): piece by piece where it has to be cast, or where its product will have to be
+    (half precision delivers float32 into a tensor of its own); else one block."""
+    whole = head.dtype == dtype and dtype.itemsize >= 4
+    size = vocab if whole else max(1, 16 * sizes(head.device.type)[1] // head.shape[1])
     for start in range(0, vocab, size):
         stop = min(start + size, vocab)
         yield slice(start, stop), head[start:stop].to(dtype)

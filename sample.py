@@ -117,7 +117,8 @@ def generate(
         beyond it, the padding of the head, are never drawn.
     generator draws one seed per row, unless `seeds` gives them. A row's randomness is a function of its seed and its
         place in the response alone, not of what else is sampled, nor of slots or caps.
-    forced: per row, tokens to start the response with (a teacher's prefix). They count as its tokens.
+    forced: per row, tokens to start the response with (a teacher's prefix). They count as its tokens, but are not cut
+        where there are more than max_new_tokens of them.
     slots: rows decoded at once; by default all, or as many as memory_budget (bytes; by default half of what is free)
         holds. When memory runs out all the same, the slots are halved and the unfinished rows start again.
     stream(row, id) is called for every token when it is sampled. compile: torch.compile the decode step, which then
@@ -134,12 +135,12 @@ def generate(
             raise ValueError(f"{name} has {len(given)} entries for {rows} rows")
     if seeds is None:
         seeds = torch.randint(2**63 - 1, (rows,), generator=generator).tolist()
-    responses = [list(f[:max_new_tokens]) for f in forced or [[]] * rows]
+    responses = [list(f) for f in forced or [[]] * rows]
     logprobs = [[0.0] * len(r) for r in responses]
     job = Job(
         model=model, stops=torch.tensor(stop_ids, device=model.head.device), vocab=vocab or model.head.shape[0],
         starts=[prompts[i // num_samples] + r for i, r in enumerate(responses)],
-        room=[max_new_tokens - len(r) for r in responses], seeds=seeds, forced=[len(r) for r in responses],
+        room=[max(0, max_new_tokens - len(r)) for r in responses], seeds=seeds, forced=[len(r) for r in responses],
         cut=(temperature, top_k, top_p, min_p), stream=stream, compile=compile,
     )
     waiting = {i: None for i, r in enumerate(responses) if job.room[i] and not (r and r[-1] in stop_ids)}  # in order

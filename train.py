@@ -79,7 +79,8 @@ class Config:
     window: str = flag("prefix", "what is supervised: the prefix, where sampling stops; or, as control experiments, "
                        "the first, last or random --prefix_len tokens of responses of --max_new_tokens")  # fmt: skip
     rollout: str = flag("student", "who writes the responses: student (on-policy), teacher, or data (its `solution`)")
-    mix: float = flag(0.0, "share of each batch whose responses the teacher writes, in a run of --rollout student")
+    mix: float = flag(0.0, "share of each batch whose responses the teacher writes, whole (up to --max_new_tokens), in "
+                      "a run of --rollout student: keeps what lies beyond a short prefix in place")  # fmt: skip
     teacher_prefix: int = flag(0, "start each student's response with this many tokens of the teacher's, unsupervised")
     teacher_cache: str = flag("", "a .jsonl file to keep the teacher's responses in, and to take them from")
     loss: str = flag("reverse_kl", f"what is minimised: {', '.join(LOSSES)}")
@@ -151,6 +152,7 @@ def respond(
     cache; where not all rows fit, they take turns.
     """
     cap = prefix_len if config.window == "prefix" else config.max_new_tokens
+    whole = max(cap, config.max_new_tokens) if config.mix else cap
     prompts, given = [row["prompt_ids"] for row in batch], [[] for _ in batch]
     sampling = {"temperature": config.temperature, "generator": generator, "vocab": vocab, "memory_budget": room}
     ready = round(config.mix * len(batch)) if config.rollout == "student" else len(batch)  # rows given whole
@@ -186,7 +188,8 @@ def respond(
     if config.rollout == "data":
         given = [row["solution_ids"] + [tokenizer.eos_id] for row in batch]
     elif ready:
-        ask_teacher(range(ready), cap)
+        ask_teacher(range(ready), whole)
+    given = [g[:whole] for g in given]
     if config.teacher_prefix:
         ask_teacher(range(ready, len(batch)), config.teacher_prefix)
         given[ready:] = [g[: config.teacher_prefix] for g in given[ready:]]

@@ -202,11 +202,16 @@ def plan(config) -> None:
 
         sampled = length if config.window == "prefix" else longest
         read = sampled if config.window in ("last", "random") else length  # random: at most
-        theirs = {"student": config.mix, "teacher": 1, "data": 0}[config.rollout]
-        ours = 1 - config.mix if config.rollout == "student" else 0
-        return [ours * once(student, sampled, sampled) + (theirs * once(teacher, sampled, sampled) if theirs else 0),
-                once(teacher, read, length) if config.loss != "cross_entropy" else 0.0,
-                3 * once(student, read, length)]  # fmt: skip
+        mix = config.mix  # of whole responses, by the teacher
+        writing = {"student": lambda: (1 - mix) * once(student, sampled, sampled)
+                   + (mix * once(teacher, longest, longest) if mix else 0),
+                   "teacher": lambda: once(teacher, sampled, sampled),
+                   "data": lambda: 0.0}[config.rollout]()  # fmt: skip
+
+        def reading(model) -> float:
+            return (1 - mix) * once(model, read, length) + mix * once(model, max(read, longest), max(length, longest))
+
+        return [writing, reading(teacher) if config.loss != "cross_entropy" else 0.0, 3 * reading(student)]
 
     full = sum(step_flops(whole))
     print(f"\nTFLOP a step\n  {'prefix_len':>10} {'sampling':>12} {'teacher':>12} {'student':>12} {'all':>12}  saving")

@@ -29,7 +29,7 @@ def longest_response(config) -> int:
     """Tokens of the longest response that a run may sample."""
     if config.window != "prefix":
         return config.max_new_tokens
-    return max(config.prefix_len, config.max_new_tokens if config.full_every else 0)
+    return max(config.prefix_len, config.max_new_tokens if config.full_every or config.mix else 0)
 
 
 def adapted_prefix(state: dict, kl: Tensor, position: Tensor, reached: float, config) -> dict:
@@ -40,7 +40,7 @@ def adapted_prefix(state: dict, kl: Tensor, position: Tensor, reached: float, co
     prefix grows by half; but only if a quarter of the rollouts reached its end, for otherwise a longer one would
     hold little more. After adaptive FastOPD (arXiv 2607.29494), whose four signals this reduces to two.
     """
-    length, edge = state["prefix_len"], kl[position >= state["prefix_len"] // 2]
+    length, edge = state["prefix_len"], kl[(position >= state["prefix_len"] // 2) & (position < state["prefix_len"])]
     if not len(edge):
         return state
     now = edge.double().mean().item()
@@ -57,13 +57,13 @@ def adapted_prefix(state: dict, kl: Tensor, position: Tensor, reached: float, co
 def drift_warning(kl: float, first_kl: float, finish: float, config) -> str:
     """What to say of a step whose prefix has been learnt while most responses go on beyond it (LOG.md: on the embedded
     pair greedy accuracy fell from 0.97 to 0.57 from there on); empty when there is nothing to say."""
-    if config.schedule != "constant" or config.window != "prefix" or config.full_every:
+    if config.schedule != "constant" or config.window != "prefix" or config.full_every or config.mix:
         return ""
     if finish >= 0.5 or not kl < 0.1 * first_kl:
         return ""
     return (f"WARNING: the first {config.prefix_len} tokens are learnt (KL {kl:.3f}, at first {first_kl:.3f}) and "
             "most responses are cut there: training on may spoil what lies beyond. Stop here; or start again and let "
-            "the prefix grow (--schedule linear), or learn from whole responses now and then (--full_every 5); the "
+            "the prefix grow (--schedule linear), or learn from some whole responses too (--mix 0.1); the "
             "held-out KL by position in log.jsonl shows it")  # fmt: skip
 
 

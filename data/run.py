@@ -74,6 +74,7 @@ def check_flags(config) -> None:
     refuse(c.full_every > 0 and c.max_new_tokens <= c.prefix_len,
            f"--full_every: whole responses, of up to --max_new_tokens {c.max_new_tokens}, must have room for more than "
            f"--prefix_len {c.prefix_len}")
+    refuse(c.mix > 0 and c.window != "prefix", "--mix and --window exclude each other")
     refuse(c.full_every > 0 and c.window != "prefix", "--full_every and --window exclude each other: a window already "
            "samples whole responses")
     refuse(0 < c.mix and round(c.mix * c.batch_size) == 0,

@@ -44,7 +44,7 @@ def naive(model, prompts, cap, stop_ids, temperature=1.0, seed=5, forced=None) -
     responses = []
     for i, prompt in enumerate(prompts):
         noise = torch.rand(cap, generator=torch.Generator().manual_seed(seeds[i]), dtype=torch.float64)
-        start = [] if forced is None else forced[i][:cap]
+        start = [] if forced is None else forced[i]
 
         def choose(logits, step, noise=noise, start=start):
             if temperature == 0:
@@ -52,7 +52,7 @@ def naive(model, prompts, cap, stop_ids, temperature=1.0, seed=5, forced=None) -
             p = (logits / temperature).softmax(-1)
             return int((p.cumsum(-1) <= noise[len(start) + step]).sum())
 
-        done = len(start) == cap or (start and start[-1] in stop_ids)
+        done = len(start) >= cap or (start and start[-1] in stop_ids)
         rest = [] if done else full_recompute(model, prompt + start, cap - len(start), stop_ids, choose)
         responses.append(start + rest)
     return responses
@@ -106,7 +106,7 @@ def test_rows_end_and_enter_at_every_possible_moment(model, look_every, monkeypa
             model, prompts, cap, stop_ids, generator=torch.Generator().manual_seed(5), slots=slots, forced=forced
         )
         check(rollout, prompts, cap, stop_ids, naive(model, prompts, cap, stop_ids, forced=forced))
-        assert rollout.forced_lens.tolist() == [min(len(f), cap) for f in forced]
+        assert rollout.forced_lens.tolist() == [len(f) for f in forced]
         assert all(not rollout.logprobs[i, : rollout.forced_lens[i]].any() for i in range(n))
 
 

@@ -285,17 +285,18 @@ def test_no_stop_is_invented_at_the_cut(step):
 
 
 def test_mix_takes_a_share_of_the_rows_from_the_teacher(step, problems):
-    rollout, wrote = respond(step, problems, 30, mix=0.5)
+    rollout, wrote = respond(step, problems, 30, mix=0.5, max_new_tokens=200)
     student, teacher, _, tokenizer = step
     prompts = [row["prompt_ids"] for row in problems]
     g = torch.Generator().manual_seed(5)
-    theirs = generate(teacher, prompts[:3], 30, tokenizer.stop_ids, generator=g, vocab=tokenizer.vocab_size)
+    theirs = generate(teacher, prompts[:3], 200, tokenizer.stop_ids, generator=g, vocab=tokenizer.vocab_size)
+    assert int(theirs.lens.max()) > 30  # whole, where the student's are cut
     ours = generate(student, prompts, 30, tokenizer.stop_ids, generator=g, vocab=tokenizer.vocab_size)
     assert [rollout.response(i) for i in range(6)] == [(theirs if i < 3 else ours).response(i) for i in range(6)]
     assert rollout.spans().tolist() == [[0, n] for n in rollout.lens]  # the teacher's words are learned from too
     assert wrote["sampled"] == int(rollout.lens.sum())
     alone, _ = respond(step, problems, 30, rollout="teacher")
-    assert [alone.response(i) for i in range(3)] == [theirs.response(i) for i in range(3)]
+    assert [alone.response(i) for i in range(3)] == [theirs.response(i)[:30] for i in range(3)]
 
 
 def test_a_teacher_prefix_starts_the_response_and_is_not_supervised(step, problems):

@@ -464,6 +464,7 @@ def group_runs(folders: list[str]) -> dict[str, list[dict]]:
         "seed",
         "out_dir",
         "save_every",
+        "eval_every",
         "keep",
         "resume",
         "overwrite",

@@ -302,7 +302,8 @@ def our_step(folder, texts, batch, cap, steps, rate) -> tuple[float, int]:
     taken = []
     for step in range(steps):
         clock, start = {"sample": 0.0, "teacher": 0.0, "student": 0.0}, time.perf_counter()
-        rollout, wrote = train.respond(rows[step * batch :][:batch], cap, config, student, teacher, tokenizer, (2,),
+        part = rows[step * batch :][:batch]
+        rollout, wrote = train.respond(part, step, cap, config, student, teacher, tokenizer, (2,),
                                        49_152, torch.Generator().manual_seed(step))  # fmt: skip
         clock["sample"] = time.perf_counter() - start
         train.train_on(rollout, student, teacher, config, 49_152, (2,), contextlib.nullcontext, clock)

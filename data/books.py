@@ -58,8 +58,7 @@ def memory_parts(
 
     student, teacher (or None): configurations. `batch` rows are sampled, `micro_batch` rows are learned from at once,
     of up to `tokens` tokens each, prompt and response together. writers: configurations of the models that sample, if
-    not the student alone. An estimate: within 15% on a CPU by a test, never yet
-    held against a GPU.
+    not the student alone. An estimate: within 15% on a CPU by a test, never yet held against a GPU.
     """
     P, P_t = count_parameters(student), count_parameters(teacher) if teacher is not None else 0
     size, V, H, I = 2 if half else 4, student.vocab_size, student.hidden_size, student.intermediate_size

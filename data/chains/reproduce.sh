@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The main picture again: prefixes of several lengths and three schedules against whole responses, three seeds each, then the pictures.
-# About 20 minutes on 2 cores of an Intel Xeon, and the stop-token trap at the end (not timed) perhaps half as much again. What is there already is not run again, so it can be interrupted.
+# About 20 minutes on 2 cores of an Intel Xeon, without the stop-token trap at the end, of
+# which one seed with the class took a minute, and without it was not timed. What is there already is not run again, so it can be interrupted.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 to=out_reproduce

@@ -183,16 +183,18 @@ class FusedDivergence(torch.autograd.Function):
                 elif loss == "forward_kl":
                     row["loss"] = forward_gradient(z, t, top, norm_p, norm_q, origin - shift, tile)
                     scale = torch.ones_like(norm_p)
-                else:
-                    row["loss"] = row["kl"]
-                    if loss == "topk_reverse_kl":
-                        row["loss"], mean = bucket_score(z, t, top, norm_p, shift, ids, tail_ratio - origin, tile)
-                    elif loss == "jsd":
-                        row["loss"], mean = jsd_score(z, t, top, norm_p, norm_q, origin - shift, beta, tile)
-                        scale = norm_p * (1 - beta)
+                elif loss == "jsd":
+                    row["loss"], mean = jsd_score(z, t, top, norm_p, norm_q, origin - shift, beta, tile)
                     mean = mean.to(wide)
                     for e, s in tiles(z, t, tile=tile):
                         e.mul_(s.sub_(mean))
+                    scale = norm_p * (1 - beta)
+                else:
+                    if loss == "topk_reverse_kl":
+                        mean, shift = bucket_score(z, t, top, norm_p, shift, ids, tail_ratio - origin, tile)
+                    row["loss"] = score_gradient(z, t, norm_p, mean, shift, tile)
+                    if loss == "reverse_kl":
+                        row["kl"] = row["loss"]
 
                 for name, value in row.items():
                     rows.setdefault(name, []).append(value.to(wide))
@@ -351,7 +353,6 @@ def describe(z: Tensor, t: Tensor | None, y: Tensor | None, tile: int, leave: st
     mean of s under p; log p - log q at `top`, and z - t there: log p - log q = s + shift = z - t - origin + shift.
     """
     column = torch.arange(z.shape[1], device=z.device)
-    Z, Y, Y_less_Z, sum_ex, sum_fu, sum_es = torch.zeros(6, z.shape[1], dtype=torch.float64, device=z.device).unbind()
     top = argmax(z, tile)
     z_max, z_y = z[top, column], None if y is None else z[y, column].double()
     if t is not None:
@@ -360,22 +361,24 @@ def describe(z: Tensor, t: Tensor | None, y: Tensor | None, tile: int, leave: st
         t_at_top = t[top, column]
         origin = z_max - t_at_top
     scratch = z.new_empty(4, tile, z.shape[1])  # made once: fresh memory costs more than the arithmetic on it
-    for start in range(0, z.shape[0], tile):
+    sums = z.new_zeros(6, math.ceil(z.shape[0] / tile), z.shape[1])  # of each tile; then of all, in float64
+    for i, start in enumerate(range(0, z.shape[0], tile)):
         z_b = z[start : start + tile]
         x, e, u, f = scratch[:, : z_b.shape[0]]
         torch.exp(torch.sub(z_b, z_max, out=x), out=e)
-        Z += e.sum(0)
-        sum_ex += x.mul_(e).sum(0)
+        torch.sum(e, 0, out=sums[0, i])
+        torch.sum(x.mul_(e), 0, out=sums[1, i])
         if t is not None:
             t_b = t[start : start + tile]
             torch.exp(torch.sub(t_b, t_max, out=u), out=f)
-            Y += f.sum(0)
-            sum_fu += u.mul_(f).sum(0)
-            Y_less_Z += f.sub_(e).sum(0)
+            torch.sum(f, 0, out=sums[2, i])
+            torch.sum(u.mul_(f), 0, out=sums[3, i])
+            torch.sum(f.sub_(e), 0, out=sums[4, i])
             s = torch.sub(z_b, t_b, out=t_b if leave == "score" else x).sub_(origin)
-            sum_es += torch.mul(e, s, out=u).sum(0)
+            torch.sum(torch.mul(e, s, out=u), 0, out=sums[5, i])
         if leave != "logits":
             z_b.copy_(e)
+    Z, sum_ex, Y, sum_fu, Y_less_Z, sum_es = sums.sum(1, dtype=torch.float64)
 
     row = {"student_entropy": Z.log() - sum_ex / Z}
     if y is not None:
@@ -406,17 +409,38 @@ def split_tail(z: Tensor, t: Tensor, top_k: int, top_k_of: str, tile: int) -> tu
     return ids, tails[0] - tails[1]
 
 
+def score_gradient(e, s, norm_p, mean, shift, tile) -> Tensor:
+    """Turn e = p / norm_p and the score s (V, c) into e (s - mean), the gradient but for norm_p; s is overwritten.
+    Returns the divergence (c,), where s + shift is log p - log q.
+
+    The divergence is mean + shift, but that is right to 1e-8 nats only. With d = log p - log q it is also the sum of
+    p (exp(-d) - 1 + d), since p and q both sum to one: no term is negative, and none cancel where the models are close.
+    Where p vanishes and q does not, p exp(-d) has lost the latter (or is no number); then mean + shift is right.
+    """
+    coarse, mean, minus_shift = mean + shift, mean.to(s.dtype), -shift.to(s.dtype)
+    sums, scratch, close = [], s.new_empty(2, tile, s.shape[1]), bool((coarse < 1e-2).any())
+    for e_b, s_b in tiles(e, s, tile=tile):
+        if close:
+            x, y = scratch[:, : len(s_b)]
+            torch.expm1(torch.sub(minus_shift, s_b, out=x), out=y)  # x is -d
+            sums.append(y.sub_(x).mul_(e_b).sum(0))
+        e_b.mul_(s_b.sub_(mean))
+    if not close:
+        return coarse
+    fine = norm_p * torch.stack(sums).sum(0, dtype=torch.float64)
+    return torch.where((fine - coarse).abs() < 1e-7, fine, coarse)
+
+
 def bucket_score(e, s, top, norm_p, shift, ids, tail_score, tile) -> tuple[Tensor, Tensor]:
     """Give all tokens outside ids (k, c) their bucket's score (c,), in s (V, c), and measure it from `top` again.
-    Returns (divergence, mean of the new score), (c,)."""
+    Returns (mean of the new score under p, its shift), (c,)."""
     kept = s.gather(0, ids)
     s.copy_(tail_score).scatter_(0, ids, kept)
     at_top = s[top, torch.arange(s.shape[1], device=s.device)]
     mean = torch.zeros_like(norm_p)
     for e_b, s_b in tiles(e, s, tile=tile):
         mean += (e_b * s_b.sub_(at_top)).sum(0)
-    mean *= norm_p
-    return mean + at_top + shift, mean
+    return mean * norm_p, at_top + shift
 
 
 def probabilities(z, t, top, norm_p, norm_q, offset, tile):
@@ -433,26 +457,26 @@ def forward_gradient(z, t, top, norm_p, norm_q, offset, tile) -> Tensor:
     kl = torch.zeros_like(norm_p)
     for z_b, _, p, q, d in probabilities(z, t, top, norm_p, norm_q, offset, tile):
         torch.mul(torch.where(d > 0, q, -p), torch.expm1(-d.abs()), out=z_b)
-        kl += q.mul_(d).sum(0)
+        kl += q.mul_(d).add_(z_b).sum(0)  # the p - q add up to nothing; see score_gradient
     balance(z, top)
     return kl
 
 
 def jsd_score(z, t, top, norm_p, norm_q, offset, beta, tile) -> tuple[Tensor, Tensor]:
     """Turn logits z, t (V, c) into e = p / norm_p and the score log p - log m less its value at `top`.
-    Returns (jsd, mean of the score), (c,)."""
+    Returns (jsd, mean of the score), (c,): b KL(q||m) + (1 - b) KL(p||m), added up token by token, where they cancel."""
 
     def log_p_over_m(d):  # -log(1 - beta + beta e^d), for d of either sign without overflow or cancellation
-        other = (d > 0).to(d.dtype).mul_(1 - 2 * beta).add_(beta)  # 1 - beta or beta
+        other = torch.where(d > 0, d.new_tensor(1 - beta), d.new_tensor(beta))
         return other.mul_(torch.expm1(-d.abs())).log1p_().add_(d.clamp(min=0)).neg_()
 
     column, norm = torch.arange(z.shape[1], device=z.device), norm_p.to(z.dtype)
     at_top = log_p_over_m((t[top, column] - z[top, column]).add_(offset.to(z.dtype)))
-    kl_qm, mean = torch.zeros_like(norm_p), torch.zeros_like(norm_p)
+    jsd, mean = torch.zeros_like(norm_p), torch.zeros_like(norm_p)
     for z_b, t_b, p, q, d in probabilities(z, t, top, norm_p, norm_q, offset, tile):
         score = log_p_over_m(d)
-        kl_qm += q.mul_(d.add_(score)).sum(0)
+        jsd += q.mul_(d.add_(score)).mul_(beta).add_(p * score, alpha=1 - beta).sum(0)
         torch.sub(score, at_top, out=t_b)
         mean += (p * t_b).sum(0)
         torch.div(p, norm, out=z_b)
-    return beta * kl_qm + (1 - beta) * (mean + at_top), mean
+    return jsd, mean

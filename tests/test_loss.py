@@ -128,7 +128,7 @@ def on_a_grid(kind: str, v: int = 301, h: int = 16, n: int = 13, seed: int = 0):
 def in_fifty_digits(hidden_s, head_s, hidden_t, head_t, targets, loss, beta, top_k):
     """Values (N,) and gradients with respect to the logits (N, V) from the definitions, where float64 has too few
     digits: at +60 it cannot tell a probability from 1."""
-    mpmath.mp.dps = 50
+    mpmath.mp.dps, beta = 50, mpmath.mpf(beta)
     values, gradients = [], []
     for z, t, y in zip((hidden_s.double() @ head_s.double().T).tolist(),
                        (hidden_t.double() @ head_t.double().T).tolist(), targets.tolist()):  # fmt: skip
@@ -172,9 +172,9 @@ def test_float32_and_bfloat16_against_fifty_digits(loss, kind):
             values, dz = in_fifty_digits(hidden_s, head_s, hidden_t, head_t, targets, loss, beta=0.3, top_k=20)
         hidden_s.requires_grad_(), head_s.requires_grad_()
         found, stats = distill_loss(hidden_s, head_s, hidden_t, head_t, **options)
-        # A divergence between nearly equal models is what is left of terms that cancel: hence the 1e-8 nats
-        assert torch.allclose(stats["loss"].double(), values, rtol=1e-5, atol=5e-8)
-        assert stats["kl"].min() > -5e-8 and (stats["loss"].min() > -5e-8 or loss == "sampled_kl")
+        error = (stats["loss"].double() - values).abs()
+        assert error.norm() < tolerance * values.norm() and (error <= 10 * tolerance * values.abs()).all()
+        assert stats["kl"].min() > -1e-9 and (stats["loss"].min() >= 0 or loss == "sampled_kl")
         expected = (dz @ head_s.detach().double() / len(dz), dz.T @ hidden_s.detach().double() / len(dz))
         for a, b in zip(torch.autograd.grad(found, (hidden_s, head_s)), expected):
             assert (a.double() - b).norm() < tolerance * b.norm()

@@ -464,7 +464,7 @@ def forward_gradient(z, t, top, norm_p, norm_q, offset, tile) -> Tensor:
 
 def jsd_score(z, t, top, norm_p, norm_q, offset, beta, tile) -> tuple[Tensor, Tensor]:
     """Turn logits z, t (V, c) into e = p / norm_p and the score log p - log m less its value at `top`.
-    Returns (jsd, mean of the score), (c,): b KL(q||m) + (1 - b) KL(p||m), added up token by token, where they cancel."""
+    Returns (jsd, mean of the score), (c,). Both KLs of the jsd are added up token by token, where they cancel."""
 
     def log_p_over_m(d):  # -log(1 - beta + beta e^d), for d of either sign without overflow or cancellation
         other = torch.where(d > 0, d.new_tensor(1 - beta), d.new_tensor(beta))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data import HERE, InputError, flag, load_jsonl, parse_flags, resolve, run_command
 from data.tokenizer import Tokenizer, prompted_as_trained
-from model import KVCache, Transformer, checkpoint_folder, choose_device, free_memory, head_dim_of, product
+from model import Decoder, KVCache, Transformer, checkpoint_folder, choose_device, free_memory, head_dim_of
 
 PREFILL_TOKENS = 2**14  # prompts are read in groups of about so many tokens
 # Steps between looks at which rows have ended: a look waits for the device, which is free on a CPU. A row that ended in
@@ -216,7 +216,10 @@ def decode(job: Job, rows: list[int], slots: int, max_len: int, books: dict) -> 
     overwritten before it can be seen. So a row's neighbours cannot change it.
     """
     model, device, head = job.model, job.model.head.device, job.model.head[: job.vocab]
-    forward = model
+    forward, read, to_logits = model, model, lambda hidden: hidden @ head.T
+    if device.type == "cpu" and head.dtype.itemsize >= 4 and not job.compile and room_for_a_copy(model):
+        forward = read = Decoder(model, slots, job.vocab)
+        to_logits = forward.logits
     if job.compile:  # one graph for a length of the cache and an extent: so that there are few, both are rounded up
         max_len = math.ceil(max_len / 256) * 256
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
@@ -225,7 +228,7 @@ def decode(job: Job, rows: list[int], slots: int, max_len: int, books: dict) -> 
     width = max(job.room[i] for i in rows)
     cache = KVCache(model.config, slots, max_len, device, head.dtype)
     if job.compile:
-        torch._dynamo.mark_static_address(cache.k), torch._dynamo.mark_static_address(cache.v)
+        torch._dynamo.mark_static_address(cache.kv)
     hidden = torch.zeros(slots, head.shape[1], device=device, dtype=head.dtype)  # of each slot's last token
     ids = torch.zeros(slots, width, dtype=torch.long, device=device)
     logp = torch.zeros(slots, width, device=device)
@@ -251,14 +254,15 @@ def decode(job: Job, rows: list[int], slots: int, max_len: int, books: dict) -> 
         starts = sorted(taken, key=len, reverse=True)
         while starts:
             longest = len(starts[0])
-            size = max(1, PREFILL_TOKENS // longest)
+            near = sum(4 * len(start) >= 3 * longest for start in starts)  # padding is dearer than another reading
+            size = max(1, min(near, PREFILL_TOKENS // longest))
             part, starts = starts[:size], starts[size:]
             tokens = torch.zeros(len(part), longest, dtype=torch.long)
             for k, start in enumerate(part):
                 tokens[k, : len(start)] = torch.tensor(start)
             own = KVCache(model.config, len(part), longest, device, head.dtype)
             last = torch.tensor([len(start) - 1 for start in part], device=device)
-            last = model(tokens.to(device), cache=own)[torch.arange(len(part), device=device), last]  # (b, H)
+            last = read(tokens.to(device), cache=own)[torch.arange(len(part), device=device), last]  # (b, H)
             to = torch.tensor([s for start in part for s in taken[start]], device=device)
             source = torch.tensor([k for k, start in enumerate(part) for _ in taken[start]], device=device)
             cache.copy_rows(to, own, source, longest)
@@ -268,7 +272,7 @@ def decode(job: Job, rows: list[int], slots: int, max_len: int, books: dict) -> 
 
     admit(list(range(slots)))
     while True:
-        logits = product(hidden, head) if device.type == "cpu" else hidden @ head.T
+        logits = to_logits(hidden)
         drawn, drawn_logp = draw(logits, noise.gather(1, count.clamp(max=width - 1)[:, None])[:, 0], *job.cut)
         at = count.clamp(max=width - 1)[:, None]
         ids.scatter_(1, at, torch.where(active[:, None], drawn[:, None], ids.gather(1, at)))
@@ -323,6 +327,11 @@ def decode(job: Job, rows: list[int], slots: int, max_len: int, books: dict) -> 
             admit(free)
 
 
+def room_for_a_copy(model: Transformer) -> bool:
+    """Whether a Decoder takes a quarter of the free memory at most; half of it may go to the slots."""
+    return 4 * sum(p.nbytes for p in model.parameters()) <= free_memory(model.head.device)
+
+
 def slot_bytes(model: Transformer, max_len: int, vocab: int) -> int:
     """Memory of one slot: keys and values, and its row of logits with what drawing makes of it."""
     config, itemsize = model.config, model.head.dtype.itemsize
@@ -350,8 +359,9 @@ def draw(
     if temperature == 0:
         top, token = logits.max(-1)
         return token, -(logits - top[:, None]).exp_().sum(-1).log()
-    x = logits / temperature
-    x -= x.amax(-1, keepdim=True)
+    x = logits - logits.amax(-1, keepdim=True)
+    if temperature != 1:
+        x /= temperature
     if top_k is not None and top_k < x.shape[-1]:
         x.masked_fill_(x < x.topk(top_k, dim=-1).values[:, -1:], -math.inf)
     if min_p:

@@ -17,7 +17,7 @@ from data import InputError
 from data.prefix import longest_response
 from data.run import teacher_needed, teacher_writes
 from loss import sizes
-from model import AMD, Transformer, checkpoint_folder, choose_device, free_memory, head_dim_of, load_config
+from model import ONEDNN, Transformer, checkpoint_folder, choose_device, free_memory, head_dim_of, load_config
 from sample import Rollout
 
 
@@ -71,6 +71,8 @@ def memory_parts(
     sampling = {"KV cache": batch * tokens * kv * size,
                 "logits of the new tokens": batch * V * (size + 12),
                 "prompts being read": min(batch * tokens, 2**14) * size * 3 * I}
+    if not half:  # on a CPU
+        sampling["copy of the weights that samples"] = 4 * max(map(count_parameters, writers or (student,)))
     rows = micro_batch * tokens
     budget, tile = sizes("cuda" if half else "cpu")
     logits = min(budget, (rows * V * (1 if teacher is None else 2) + 32 * tile) * 4)
@@ -115,7 +117,7 @@ def process_memory(device: torch.device, student: str) -> int:
         return 0
     count_parameters(load_config(checkpoint_folder(student, ("config.json",))))  # brings in most of what is imported
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return resident + (10**8 if AMD else 0)  # the kernels that oneDNN compiles for decoding, see model.py's product
+    return resident + (6 * 10**7 if ONEDNN else 0)  # the kernels that it compiles for decoding, see model.py
 
 
 def keep_freed_memory(device: torch.device) -> None:

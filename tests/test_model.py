@@ -10,7 +10,7 @@ import model as model_file
 from data import HERE, InputError
 from data.books import activation_bytes, count_flops
 from data.prune import prune
-from model import KVCache, Linear, Transformer, product
+from model import ONEDNN, Decoder, KVCache, Transformer, product
 from tests.reference import live
 
 SMALL = {
@@ -163,7 +163,7 @@ def test_pruned_layers_are_the_ones_named(tmp_path):
     assert ((loaded(tokens).logits.float() - expected).norm() / expected.norm()) < 0.05  # bfloat16 on disk
     cache = KVCache(pruned.config, 2, 20, "cpu", torch.float32)  # each layer writes to its new place
     pruned(tokens, cache=cache)
-    assert cache.k.shape[0] == 2 and cache.k.flatten(1).abs().sum(1).all()
+    assert cache.kv.shape[0] == 2 and cache.kv.flatten(1).abs().sum(1).all()
     with pytest.raises(InputError, match="expected some of the layers 0 to 3"):
         prune(str(folder), str(tmp_path / "none"), {4})
 
@@ -222,11 +222,10 @@ def test_unusable_checkpoints_are_refused_by_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_flop_count_equals_torch(family, monkeypatch):
+def test_flop_count_equals_torch(family):
     """torch counts causal attention as the full square, so the count is compared under that convention."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    monkeypatch.setattr(model_file, "AMD", False)  # it does not count oneDNN's products
     model = live(FAMILIES[family], seed=9)
     tokens = torch.randint(0, 97, (2, 30))
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -237,36 +236,43 @@ def test_flop_count_equals_torch(family, monkeypatch):
     assert counter.get_total_flops() == pytest.approx(3 * count_flops(model.config, 60, 2 * 30 * 30, 6), rel=0.01)
 
 
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-
-
 @pytest.mark.parametrize("amd", [True, False])
 @pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-14), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("rows, outputs", [(1, 11), (1, 48), (2, 11), (3, 11), (4, 11), (5, 48), (128, 11)])
-@needs_onednn
 def test_product_is_the_product_whichever_way_it_is_taken(rows, outputs, dtype, atol, amd, monkeypatch):
     monkeypatch.setattr(model_file, "AMD", amd)
     g = torch.Generator().manual_seed(rows)
-    weight, x = (torch.randn(n, 7, generator=g, dtype=dtype) for n in (outputs, rows))
-    for given in (x, x.repeat(1, 2)[:, 3:10]):  # the second is not contiguous
-        found = product(given, weight)
-        assert found.is_contiguous() and torch.allclose(found, given @ weight.T, rtol=0, atol=atol)
-    sliced = weight.repeat(1, 2)[2:9, 4:11]  # nor is the weight
+    weight, x, bias = (torch.randn(*n, 7, generator=g, dtype=dtype) for n in ((outputs,), (rows,), (outputs,)))
+    sliced, bias = weight.repeat(1, 2)[2:9, 4:11], bias[:, 0].contiguous()  # the first is not contiguous
+    for given in (x, x.repeat(1, 2)[:, 3:10]):  # nor is the second
+        found = product(given, weight, bias)
+        assert found.is_contiguous() and torch.allclose(found, given @ weight.T + bias, rtol=0, atol=atol)
+        if dtype == torch.float32 and ONEDNN:
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+            assert packed.is_mkldnn and torch.allclose(product(given, packed, bias), found, rtol=0, atol=atol)
     assert torch.allclose(product(x, sliced), x @ sliced.T, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 3, 9, 200])
-@needs_onednn
-def test_a_linear_layer_is_torchs(rows, bias, monkeypatch):
-    monkeypatch.setattr(model_file, "AMD", True)
-    layer, x = Linear(48, 32, bias=bias), torch.randn(2, rows, 48, generator=torch.Generator().manual_seed(1))
-    plain = torch.nn.functional.linear(x, layer.weight, layer.bias)
-    assert torch.equal(layer(x), plain) and layer(x).requires_grad  # in training it is torch's own
-    with torch.no_grad():
-        assert torch.allclose(layer(x), plain, rtol=1e-5, atol=1e-5) and not layer(x).requires_grad
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert layer(x).dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.float32, 2e-4)])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_decoder_computes_what_the_model_does(family, rows, dtype, atol):
+    """Prefill of ragged prompts and six steps of decoding, in every layout: one row, few, and packed in float32."""
+    model = live(FAMILIES[family], seed=3).to(dtype).requires_grad_(False)
+    decoder, vocab = Decoder(model, rows, 90), model.head.shape[0]
+    assert decoder.packed == (rows >= 4 and dtype == torch.float32 and ONEDNN)
+    g = torch.Generator().manual_seed(rows)
+    tokens, lens = torch.randint(vocab, (rows, 9), generator=g), torch.randint(1, 10, (rows,), generator=g)
+    caches = [KVCache(model.config, rows, 20, "cpu", dtype) for _ in range(2)]
+    expected, found = model(tokens, cache=caches[0]), decoder(tokens, cache=caches[1])
+    assert torch.allclose(found, expected, rtol=0, atol=atol) and found.dtype == dtype
+    for step in range(6):
+        new, at = torch.randint(vocab, (rows, 1), generator=g), (lens + step)[:, None]
+        slots = None if step % 2 else int(at.max()) + 1
+        expected, found = (m(new, at, c, slots=slots) for m, c in zip((model, decoder), caches))
+        assert torch.allclose(found, expected, rtol=0, atol=atol)
+        logits = decoder.logits(found[:, 0])
+        assert torch.allclose(logits, expected[:, 0] @ model.head[:90].T, rtol=0, atol=10 * atol)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from model import KVCache, Transformer
+from model import Decoder, KVCache, Transformer
 from sample import draw, generate, slot_bytes, slots_for
 from tests.reference import full_recompute, live
 from tests.test_model import FAMILIES
@@ -166,9 +166,9 @@ def test_the_cache_is_as_long_as_needed_and_its_size_is_foretold(model, monkeypa
     prompts = ragged_prompts(6)
     generate(model, prompts, 20, (), slots=4)
     longest, main = max(map(len, prompts)), made[0]
-    assert main.k.shape == (2, 4, 2, longest + 20, 8)
+    assert main.kv.shape == (2, 4, 4, longest + 20, 8)
     logits = 40 * (8 + 3 * 8)
-    assert slot_bytes(model, longest + 20, 40) * 4 == main.k.nbytes + main.v.nbytes + 4 * logits
+    assert slot_bytes(model, longest + 20, 40) * 4 == main.kv.nbytes + 4 * logits
     assert slots_for(model, 32, 40, memory_budget=10 * slot_bytes(model, 32, 40) + 1) == 10
     assert slots_for(model, 32, 40, memory_budget=1) == 1
 
@@ -176,7 +176,7 @@ def test_the_cache_is_as_long_as_needed_and_its_size_is_foretold(model, monkeypa
 def test_out_of_memory_halves_the_slots_and_loses_nothing(model, monkeypatch, capsys):
     prompts = ragged_prompts(9)
     expected = generate(model, prompts, 20, (3, 4), generator=torch.Generator().manual_seed(5))
-    forward, calls, ended = Transformer.forward, [], []
+    forward, calls, ended = Decoder.__call__, [], []
 
     def forgetful(self, tokens, *args, **kwargs):
         calls.append(len(tokens))
@@ -184,15 +184,27 @@ def test_out_of_memory_halves_the_slots_and_loses_nothing(model, monkeypatch, ca
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
         return forward(self, tokens, *args, **kwargs)
 
-    monkeypatch.setattr(Transformer, "forward", forgetful)
+    monkeypatch.setattr(Decoder, "__call__", forgetful)
     rollout = generate(model, prompts, 20, (3, 4), generator=torch.Generator().manual_seed(5), slots=8,
                        stream=lambda i, token: ended.append(i) if token in (3, 4) else None)  # fmt: skip
     assert torch.equal(rollout.tokens, expected.tokens) and torch.equal(rollout.finished, expected.finished)
     assert "rows go on in 4 slots" in (said := capsys.readouterr().err) and "in 2 slots" in said
     assert len(ended) == len(set(ended)), "a row that had ended was sampled again"
-    monkeypatch.setattr(Transformer, "forward", lambda *a, **k: torch.zeros(1).view(5))  # any other error goes through
+    monkeypatch.setattr(Decoder, "__call__", lambda *a, **k: torch.zeros(1).view(5))  # any other error goes through
     with pytest.raises(RuntimeError, match="shape"):
         generate(model, prompts, 20, (3, 4), slots=8)
+
+
+def test_without_room_for_a_copy_the_model_itself_decodes(model, monkeypatch):
+    def run():
+        return generate(model, ragged_prompts(5), 12, (3,), generator=torch.Generator().manual_seed(5))
+
+    made, build = [], Decoder.__init__
+    monkeypatch.setattr(Decoder, "__init__", lambda *a: made.append(1) or build(*a))
+    expected, size = run(), sum(p.nbytes for p in model.parameters())
+    assert made == [1]
+    monkeypatch.setattr("sample.free_memory", lambda device: 4 * size - 1)
+    assert torch.equal(run().tokens, expected.tokens) and made == [1]
 
 
 def test_compiling_makes_few_graphs(monkeypatch):

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data.run as run_folder
-import model as model_file
 import train
 from data import HERE, InputError, load_jsonl, prefix
 from data.books import count_flops, flop_books, predicted_memory, room_for_slots
@@ -372,8 +371,7 @@ def test_every_epoch_sees_every_row_once():
     assert train.batch_of(rows, 2, replace(config, seed=4)) != seen[8:12]
 
 
-def test_flop_books_follow_the_tokens(step, monkeypatch):
-    monkeypatch.setattr(model_file, "AMD", False)  # torch does not count oneDNN's products
+def test_flop_books_follow_the_tokens(step):
     student, teacher, rollout, _ = step
     books = flop_books(rollout, student.config, teacher.config)
     alone = Rollout(

@@ -43,6 +43,7 @@ not differentiated. That is what on-policy distillation means in practice.
 """
 
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -50,6 +51,11 @@ from torch import Tensor
 LOSSES = ("reverse_kl", "topk_reverse_kl", "forward_kl", "jsd", "sampled_kl", "cross_entropy")
 LEAVES = {"reverse_kl": "score", "topk_reverse_kl": "score", "jsd": "logits", "forward_kl": "logits",
           "sampled_kl": "probability", "cross_entropy": "probability"}  # what describe() leaves of a chunk's logits
+# torch multiplies by Intel's library. On AMD's processors (told by Linux only) oneDNN forms logits in 0.6 to 0.9 of its
+# time; it has no public name in torch, and the one used here is what torch.compile writes.
+CPUINFO = Path("/proc/cpuinfo")
+AMD = CPUINFO.is_file() and "AuthenticAMD" in CPUINFO.read_text(errors="replace")
+AMD = AMD and torch.backends.mkldnn.is_available()
 FAR = -1e30  # the logit of a column that was merged into another: probability 0, and finite, so that 0 * FAR is 0
 
 
@@ -153,8 +159,11 @@ class FusedDivergence(torch.autograd.Function):
         models = 1 if hidden_t is None else 2
         budget = (options["memory_budget"] or budget) - 32 * tile_numel * wide.itemsize
         chunk_rows = options["chunk_rows"] or even_chunks(n, budget // (models * vocab * wide.itemsize))
-        buffers = torch.empty(models, vocab * min(chunk_rows, n), dtype=wide, device=device)
 
+        buffers = [
+            None if by_onednn(x, head) else torch.empty(vocab * min(chunk_rows, n), dtype=wide, device=device)
+            for x, head in ((hidden_s, head_s), (hidden_t, head_t))[:models]
+        ]
         with torch.autocast(device.type, enabled=False):  # precision is chosen here, product by product
             for start in range(0, max(n, 1), chunk_rows):  # N = 0 makes one empty chunk
                 part = slice(start, start + chunk_rows)
@@ -162,13 +171,11 @@ class FusedDivergence(torch.autograd.Function):
                 c = h.shape[0]
                 tile = max(1, tile_numel // max(c, 1))
                 y = None if targets is None else merged_id(targets[part], stop_ids)  # (c,)
-                z = buffers[0, : vocab * c].view(vocab, c)
-                project(head_s, bias_s, h, options["temperature"], out=z)
+                z = t = None  # the last chunk's make room for this one's
+                z = project(head_s, bias_s, h, options["temperature"], vocab, buffers[0])  # (V, c)
                 share = merge_stops(z, stop_ids)
-                t = None
                 if hidden_t is not None:
-                    t = buffers[1, : vocab * c].view(vocab, c)
-                    project(head_t, bias_t, hidden_t[part], options["temperature"], out=t)
+                    t = project(head_t, bias_t, hidden_t[part], options["temperature"], vocab, buffers[1])
                     merge_stops(t, stop_ids)
 
                 if loss == "topk_reverse_kl":
@@ -185,9 +192,7 @@ class FusedDivergence(torch.autograd.Function):
                     scale = torch.ones_like(norm_p)
                 elif loss == "jsd":
                     row["loss"], mean = jsd_score(z, t, top, norm_p, norm_q, origin - shift, beta, tile)
-                    mean = mean.to(wide)
-                    for e, s in tiles(z, t, tile=tile):
-                        e.mul_(s.sub_(mean))
+                    weigh(z, t, mean.to(wide), tile)
                     scale = norm_p * (1 - beta)
                 else:
                     if loss == "topk_reverse_kl":
@@ -279,14 +284,23 @@ def blocks(head: Tensor, vocab: int, dtype: torch.dtype):
         yield slice(start, stop), head[start:stop].to(dtype)
 
 
-def project(head: Tensor, bias: Tensor | None, hidden: Tensor, temperature: float, out: Tensor) -> None:
-    """out (V, c) = (head (V, H) hidden^T (H, c) + bias) / temperature."""
-    dtype = operand_dtype(hidden)
-    x = hidden.to(dtype).T
-    for part, block in blocks(head, out.shape[0], dtype):
-        add_product(out[part], block, x, keep=False, scale=1 / temperature)
-    if bias is not None:
-        out += bias[: out.shape[0], None].to(out.dtype) / temperature
+def by_onednn(hidden: Tensor, head: Tensor) -> bool:
+    """Whether `project` forms these logits by oneDNN, which hands out memory of its own."""
+    return AMD and len(hidden) > 0 and hidden.device.type == "cpu" and hidden.dtype == head.dtype == torch.float32
+
+
+def project(
+    head: Tensor, bias: Tensor | None, hidden: Tensor, temperature: float, vocab: int, buffer: Tensor | None
+) -> Tensor:
+    """(head (V, H) hidden^T (H, c) + bias) / temperature -> (V, c), float32 or wider, in the buffer if there is one."""
+    dtype, c = operand_dtype(hidden), len(hidden)
+    if buffer is None:
+        z = torch.ops.mkldnn._linear_pointwise.default(head[:vocab], hidden / temperature, None, "none", [], "")
+    else:
+        z, x = buffer[: vocab * c].view(vocab, c), hidden.to(dtype).T
+        for part, block in blocks(head, vocab, dtype):
+            add_product(z[part], block, x, keep=False, scale=1 / temperature)
+    return z if bias is None else z.add_(bias[:vocab, None].to(z.dtype) / temperature)
 
 
 def back_project(
@@ -429,6 +443,12 @@ def score_gradient(e, s, norm_p, mean, shift, tile) -> Tensor:
         return coarse
     fine = norm_p * torch.stack(sums).sum(0, dtype=torch.float64)
     return torch.where((fine - coarse).abs() < 1e-7, fine, coarse)
+
+
+def weigh(e, s, mean, tile) -> None:
+    """Turn e (V, c) into e (s - mean); s is overwritten."""
+    for e_b, s_b in tiles(e, s, tile=tile):
+        e_b.mul_(s_b.sub_(mean))
 
 
 def bucket_score(e, s, top, norm_p, shift, ids, tail_score, tile) -> tuple[Tensor, Tensor]:

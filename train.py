@@ -37,10 +37,12 @@ from data.run import (
     ResponseCache,
     check_flags,
     encode_prompts,
+    failure_of,
     find_run,
     load_checkpoint,
     load_pair,
     longest_response,
+    must_be_finite,
     open_run,
     read_prompts,
     save_checkpoint,
@@ -50,7 +52,7 @@ from data.tokenizer import Tokenizer
 from eval import by_position, examine
 from loss import LOSSES, distill_loss
 from model import Transformer, choose_device, free_memory
-from sample import Rollout, generate, out_of_memory
+from sample import Rollout, generate
 
 
 @dataclass
@@ -245,12 +247,7 @@ def train_on(
             weights *= iw_weights(seen["student_logprob"] - seen["teacher_logprob"], mask, config.iw_gamma)
         loss, row_stats = fused(hidden_s, student.head, token_weights=weights)
         row_stats["loss"] = row_stats["loss"] * weights * supervised
-        if not torch.isfinite(row_stats["loss"]).all():
-            parts = {"the teacher's hidden states": hidden_t, "the student's hidden states": hidden_s}
-            broken = [name for name, x in parts.items() if x is not None and not torch.isfinite(x).all()]
-            where = position[~torch.isfinite(row_stats["loss"]).cpu()].tolist()
-            raise FloatingPointError(f"micro-batch {number}: the loss is not finite at response positions {where[:5]}"
-                                     f"; not finite either: {' and '.join(broken) or 'nothing before it'}")
+        must_be_finite(row_stats["loss"], position, number, hidden_t, hidden_s)
         loss.backward()
         clock["student"] += tick(device) - start
         for name, value in {**row_stats, "position": position}.items():
@@ -373,15 +370,8 @@ def train(config: Config) -> None:
                 broken = [k for k, p in student.named_parameters() if not torch.isfinite(p.grad).all()]
                 raise FloatingPointError("the loss is finite, but not the gradient "
                                          + (f"of {broken[0]}, {len(broken)} in all" if broken else "norm"))  # fmt: skip
-        except FloatingPointError as error:  # the weights are still those of the step before
-            raise InputError(f"step {step + 1}, {error}; {kept_state(step)}. Start another run from that --student "
-                             "with a lower --lr or --grad_clip, or --dtype float32") from None  # fmt: skip
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            raise InputError(f"step {step + 1}: out of memory while learning ({str(error).split('.')[0]}); "
-                             f"{kept_state(step)}. Go on with --resume and a lower --micro_batch (it was "
-                             f"{config.micro_batch}), or with --recompute") from None  # fmt: skip
+        except (FloatingPointError, RuntimeError) as error:  # the weights are still those of the step before
+            raise failure_of(error, step + 1, functools.partial(kept_state, step), config) from None
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         optimizer.step()

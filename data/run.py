@@ -26,6 +26,7 @@ from data.prefix import longest_response
 from data.tokenizer import Tokenizer, check_same
 from loss import LOSSES
 from model import Transformer, checkpoint_folder, load_config
+from sample import out_of_memory
 
 
 def check_flags(config) -> None:
@@ -351,6 +352,27 @@ def load_checkpoint(folder: Path, student, optimizer) -> tuple[int, dict, dict]:
         raise InputError(f"{file}: not a complete optimizer state ({error}). Delete {folder} to resume from the "
                          "checkpoint before it") from None  # fmt: skip
     return state["step"], state["totals"], state["growth"]
+
+
+def must_be_finite(losses: torch.Tensor, position: torch.Tensor, number: int, hidden_t, hidden_s) -> None:
+    """Raise FloatingPointError where a loss of micro-batch `number` is not finite, naming places and causes."""
+    if not torch.isfinite(losses).all():
+        parts = {"the teacher's hidden states": hidden_t, "the student's hidden states": hidden_s}
+        broken = [name for name, x in parts.items() if x is not None and not torch.isfinite(x).all()]
+        where = position[~torch.isfinite(losses).cpu()].tolist()
+        raise FloatingPointError(f"micro-batch {number}: the loss is not finite at response positions {where[:5]}; "
+                                 f"not finite either: {' and '.join(broken) or 'nothing before it'}")  # fmt: skip
+
+
+def failure_of(error: Exception, step: int, kept_state, config) -> Exception:
+    """What to raise where learning failed in a step: with where the state is (kept_state() saves it) and what to do."""
+    if isinstance(error, FloatingPointError):
+        return InputError(f"step {step}, {error}; {kept_state()}. Start another run from that --student with a lower "
+                          "--lr or --grad_clip, or --dtype float32")  # fmt: skip
+    if not out_of_memory(error):
+        return error
+    return InputError(f"step {step}: out of memory while learning ({str(error).split('.')[0]}); {kept_state()}. Go on "
+                      f"with --resume and a lower --micro_batch (it was {config.micro_batch}), or with --recompute")
 
 
 def summarize(log_path: Path, saved: Path, cut: bool) -> None:

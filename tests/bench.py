@@ -267,10 +267,10 @@ def bench_step(batch: str = "16", cap: str = "128", steps: str = "3") -> None:
     batch, cap, steps = int(batch), int(cap), int(steps)
     shape = {"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
              "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 8192}  # fmt: skip
-    chains, rate = Path(__file__).resolve().parent.parent / "data/chains", mm_rate()
+    chains = Path(__file__).resolve().parent.parent / "data/chains"
     texts = [json.loads(line)["prompt"] for line in (chains / "test.jsonl").read_text().splitlines()[: batch * steps]]
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, torch.mm at {rate / 1e9:.0f} "
-          f"GFLOP/s; student 24 and teacher 30 layers of the SmolLM2 shape, batch {batch}, cap {cap}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32; "
+          f"student 24 and teacher 30 layers of the SmolLM2 shape, batch {batch}, cap {cap}")
     with tempfile.TemporaryDirectory() as folder:
         for name, layers in (("student", 24), ("teacher", 30)):
             live(LlamaConfig(**shape, num_hidden_layers=layers), seed=0).save_pretrained(Path(folder) / name)
@@ -282,13 +282,13 @@ def bench_step(batch: str = "16", cap: str = "128", steps: str = "3") -> None:
         except ImportError:
             print("no TRL here: pip install trl")
         keep_freed_memory(torch.device("cpu"))  # as train.py does. It cannot be undone, so TRL went first: its users
-        best["ours"] = our_step(folder, texts, batch, cap, steps, rate)  # have no such line (it would help them too)
+        best["ours"] = our_step(folder, texts, batch, cap, steps)  # have no such line (it would help them too)
     for name, (taken, tokens) in best.items():
         ratio = "" if name == "ours" else f" ({taken / best['ours'][0] * best['ours'][1] / tokens:.2f}x our time)"
         print(f"{name}: {taken:.1f} s a step, {tokens / taken:,.0f} response tokens/s{ratio}")
 
 
-def our_step(folder, texts, batch, cap, steps, rate) -> tuple[float, int]:
+def our_step(folder, texts, batch, cap, steps) -> tuple[float, int]:
     """The loop of train.py without its logging: (seconds of the fastest step, response tokens of a step)."""
     config = train.Config(prefix_len=cap, batch_size=batch, dtype="float32")
     tokenizer = Tokenizer(Path(folder) / "student")
@@ -301,6 +301,7 @@ def our_step(folder, texts, batch, cap, steps, rate) -> tuple[float, int]:
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, fused=True)
     taken = []
     for step in range(steps):
+        rate = mm_rate()  # measured before and after each step, since the machine is not always equally fast
         clock, start = {"sample": 0.0, "teacher": 0.0, "student": 0.0}, time.perf_counter()
         part = rows[step * batch :][:batch]
         rollout, wrote = train.respond(part, step, cap, config, student, teacher, tokenizer, (2,),
@@ -313,8 +314,10 @@ def our_step(folder, texts, batch, cap, steps, rate) -> tuple[float, int]:
         taken.append(time.perf_counter() - start)
         flop = {"sample": wrote["flop_sample"]} | {
             k.removeprefix("flop_"): v for k, v in flop_books(rollout, student.config, teacher.config).items()}
+        rate = (rate + mm_rate()) / 2
         share = sum(flop.values()) / taken[-1] / rate
-        print(f"ours, step {step}: {taken[-1]:.1f} s, useful FLOP at {share:.0%} of torch.mm: " + ", ".join(
+        print(f"ours, step {step}: {taken[-1]:.1f} s, {sum(flop.values()) / 1e9:,.0f} GFLOP at {share:.0%} of "
+              f"torch.mm's {rate / 1e9:.0f} GFLOP/s: " + ", ".join(
             f"{k} {clock[k]:.1f} s at {flop[k] / clock[k] / rate:.0%}" for k in clock), flush=True)
     return min(taken), int(rollout.lens.sum())
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import loss as loss_file
 from loss import LOSSES, distill_loss, even_chunks, sizes
 from tests.reference import dense_loss
 
@@ -204,6 +205,23 @@ def test_random_float32(loss):
     assert abs(found.item() - expected.item()) < 1e-5 * abs(expected.item())
     for a, b in zip(torch.autograd.grad(found, single), torch.autograd.grad(expected, (hidden_s, head_s))):
         assert (a.double() - b).norm() < 1e-5 * b.norm()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("chunk_rows", [4, 100])
+def test_logits_by_either_library_are_the_same(chunk_rows, monkeypatch):
+    """On AMD's processors oneDNN forms them, elsewhere what torch is built with."""
+    hidden_s, head_s, hidden_t, head_t, _, weights = make(dtype=torch.float32)
+    bias = torch.linspace(-1, 1, 23).requires_grad_()
+    found = []
+    for amd in (True, False):
+        monkeypatch.setattr(loss_file, "AMD", amd)
+        assert loss_file.by_onednn(hidden_s, head_s) == amd
+        value, stats = distill_loss(hidden_s, head_s, hidden_t, head_t, token_weights=weights, bias_s=bias, vocab=19,
+                                    temperature=0.7, chunk_rows=chunk_rows)  # fmt: skip
+        found.append((value, stats["kl"], *torch.autograd.grad(value, (hidden_s, head_s, bias))))
+    for a, b in zip(*found):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_top_k_of_everything_is_the_reverse_kl_and_less_is_a_lower_bound():

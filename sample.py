@@ -328,8 +328,8 @@ def decode(job: Job, rows: list[int], slots: int, max_len: int, books: dict) -> 
 
 
 def room_for_a_copy(model: Transformer) -> bool:
-    """Whether a Decoder takes a quarter of the free memory at most; half of it may go to the slots. Without one the last
-    digits are others."""
+    """Whether a Decoder takes a quarter of the free memory at most; half of it may go to the slots. Without one
+    the last digits are others."""
     return 4 * sum(p.nbytes for p in model.parameters()) <= free_memory(model.head.device)
 
 

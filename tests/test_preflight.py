@@ -30,6 +30,12 @@ class Markov:
         return self.table[tokens]
 
 
+@pytest.fixture(autouse=True)
+def no_copies(monkeypatch):
+    """A table has no weights to lay out anew."""
+    monkeypatch.setattr("sample.room_for_a_copy", lambda model: False)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The embedded tokenizer with one more special token, <think>, and a chat template with the switch for it."""

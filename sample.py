@@ -323,7 +323,7 @@ def decode(job: Job, rows: list[int], slots: int, max_len: int, books: dict) -> 
         hidden = forward(drawn[:, None], place[:, None], cache, slots=min(extent, max_len))[:, 0]
         if job.compile:
             hidden = hidden.clone()  # a CUDA graph reuses its output's memory
-        if free and queue:
+        if queue and len(free) >= max(1, len(row_of) // 16):  # reading one costs as much as four
             admit(free)
 
 

@@ -51,8 +51,9 @@ from torch import Tensor
 LOSSES = ("reverse_kl", "topk_reverse_kl", "forward_kl", "jsd", "sampled_kl", "cross_entropy")
 LEAVES = {"reverse_kl": "score", "topk_reverse_kl": "score", "jsd": "logits", "forward_kl": "logits",
           "sampled_kl": "probability", "cross_entropy": "probability"}  # what describe() leaves of a chunk's logits
-# torch multiplies by Intel's library. On AMD's processors (told by Linux only) oneDNN forms logits in 0.6 to 0.9 of its
-# time; it has no public name in torch, and the one used here is what torch.compile writes.
+# torch multiplies by Intel's library. On AMD's processors (told by Linux only) oneDNN forms logits in 0.6 to 1.0 of its
+# time; it has no public name in torch, and the one used here is what torch.compile writes. (model.py asks the same of
+# the processor; this file is to need nothing but torch.)
 CPUINFO = Path("/proc/cpuinfo")
 AMD = CPUINFO.is_file() and "AuthenticAMD" in CPUINFO.read_text(errors="replace")
 AMD = AMD and torch.backends.mkldnn.is_available()

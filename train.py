@@ -29,25 +29,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import InputError, books, flag, parse_flags, run_command
+from data import InputError, books, flag, parse_flags, run, run_command
 from data.books import tick
 from data.diagnose import preflight
 from data.prefix import adapted_prefix, drift_warning, iw_weights, planned_prefix, supervise_window
-from data.run import (
-    ResponseCache,
-    check_flags,
-    encode_prompts,
-    failure_of,
-    find_run,
-    load_checkpoint,
-    load_pair,
-    longest_response,
-    must_be_finite,
-    open_run,
-    read_prompts,
-    save_checkpoint,
-    summarize,
-)
 from data.tokenizer import Tokenizer
 from eval import by_position, examine
 from loss import LOSSES, distill_loss
@@ -144,7 +129,7 @@ def batch_of(rows: list[dict], step: int, config: Config) -> list[dict]:
 def respond(
     batch: list[dict], step: int, prefix_len: int, config: Config, student: Transformer, teacher: Transformer | None,
     tokenizer: Tokenizer, stop_ids: tuple[int, ...], vocab: int, generator: torch.Generator,
-    cache: ResponseCache | None = None, room: int | None = None,
+    cache: run.ResponseCache | None = None, room: int | None = None,
 ) -> tuple[Rollout, dict]:
     """1. sample: a response to every prompt of the batch, and the books of who wrote how much.
 
@@ -171,7 +156,7 @@ def respond(
     def ask_teacher(rows: range, at_most: int) -> None:
         """Let the teacher write for some rows. What goes to the cache is of full length, for whoever asks next."""
         if cache is not None:
-            at_most = longest_response(config)
+            at_most = run.longest_response(config)
         new = [i for i in rows if cache is None or tuple(prompts[i]) not in cache.responses]
         if new:
             seeds = None
@@ -247,7 +232,7 @@ def train_on(
             weights *= iw_weights(seen["student_logprob"] - seen["teacher_logprob"], mask, config.iw_gamma)
         loss, row_stats = fused(hidden_s, student.head, token_weights=weights)
         row_stats["loss"] = row_stats["loss"] * weights * supervised
-        must_be_finite(row_stats["loss"], position, number, hidden_t, hidden_s)
+        run.must_be_finite(row_stats["loss"], position, number, hidden_t, hidden_s)
         loss.backward()
         clock["student"] += tick(device) - start
         for name, value in {**row_stats, "position": position}.items():
@@ -268,21 +253,21 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def train(config: Config) -> None:
-    check_flags(config)
+    run.check_flags(config)
     if config.plan:
         return books.plan(config)
     device = choose_device(config.device)
     books.keep_freed_memory(device)
     config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    resume_from = find_run(config)
+    resume_from = run.find_run(config)
     free = config.memory * 2**30 or int(0.9 * free_memory(device))
     process = books.process_memory(device, config.student)
     dtype = getattr(torch, config.dtype)
     half = dtype != torch.float32
 
-    rows, test = read_prompts(config)  # before the models: these may have to be downloaded first
-    student, teacher, tokenizer, theirs, vocab, stop_ids = load_pair(config, device, dtype, resume_from)
-    longest = encode_prompts(config, rows, tokenizer, [m for m in (student, teacher) if m is not None])
+    rows, test = run.read_prompts(config)  # before the models: these may have to be downloaded first
+    student, teacher, tokenizer, theirs, vocab, stop_ids = run.load_pair(config, device, dtype, resume_from)
+    longest = run.encode_prompts(config, rows, tokenizer, [m for m in (student, teacher) if m is not None])
     sampler = copy.deepcopy(student).to(dtype).requires_grad_(False) if half else student  # refreshed after every step
     scorer = teacher if config.loss != "cross_entropy" else None  # cross-entropy looks at tokens only
     autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=half)
@@ -300,8 +285,8 @@ def train(config: Config) -> None:
     first_step, totals = 0, {"tokens_sampled": 0, "tokens_scored": 0, "tokens_trained": 0, "flop": 0.0, "seconds": 0.0}
     growth = {"prefix_len": config.prefix_start, "smooth": None}  # see adapted_prefix
     if resume_from is not None:
-        first_step, totals, growth = load_checkpoint(resume_from, student, optimizer)
-    cache = ResponseCache(config, stop_ids, first_step) if config.teacher_cache else None
+        first_step, totals, growth = run.load_checkpoint(resume_from, student, optimizer)
+    cache = run.ResponseCache(config, stop_ids, first_step) if config.teacher_cache else None
     room = books.room_for_slots(config, *configs, longest, process, free)
 
     rate = books.matmul_rate(device, dtype)
@@ -317,7 +302,7 @@ def train(config: Config) -> None:
     else:
         print(f"first prompt as the model sees it: {tokenizer.decode(rows[0]['prompt_ids'])!r}")
 
-    log = open_run(config, None if resume_from is None else first_step)
+    log = run.open_run(config, None if resume_from is None else first_step)
 
     def judge(model: Transformer, name: str, step: int) -> str:
         """Evaluate on held-out data, log it, and say it in a line."""
@@ -336,7 +321,7 @@ def train(config: Config) -> None:
         print(f"step {first_step}: {judge(sampler, 'student', first_step)}")  # Ctrl-C came before it
 
     def save(step: int) -> Path:
-        return save_checkpoint(config, student, tokenizer, stop_ids, optimizer, step, totals, growth)
+        return run.save_checkpoint(config, student, tokenizer, stop_ids, optimizer, step, totals, growth)
 
     def kept_state(step: int) -> str:
         return f"the state before this step is in {save(step)}" if step else "no step had been made"
@@ -371,7 +356,7 @@ def train(config: Config) -> None:
                 raise FloatingPointError("the loss is finite, but not the gradient "
                                          + (f"of {broken[0]}, {len(broken)} in all" if broken else "norm"))  # fmt: skip
         except (FloatingPointError, RuntimeError) as error:  # the weights are still those of the step before
-            raise failure_of(error, step + 1, functools.partial(kept_state, step), config) from None
+            raise run.failure_of(error, step + 1, functools.partial(kept_state, step), config) from None
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         optimizer.step()
@@ -418,7 +403,7 @@ def train(config: Config) -> None:
     if test and not interrupted and not any("eval" in r and r["step"] >= config.steps for r in log.records()):
         judge(sampler, "student", config.steps)
     log.close()
-    summarize(log.path, saved, bool(interrupted))
+    run.summarize(log.path, saved, bool(interrupted))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -125,8 +126,14 @@ def stop(message: str) -> None:
 
 
 def run_command(main, config) -> None:
-    """Run a command's main; what the user can mend is one line and status 2, anything else a traceback."""
+    """Run a command's main; what the user can mend is one line and status 2, anything else a traceback. A reader that
+    has seen enough (`| head`) ends it with a line as well."""
     try:
         main(config)
+        sys.stdout.flush()  # here, where a closed pipe is caught
     except InputError as error:
         stop(str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush fails as well
+        print(f"{Path(sys.argv[0]).name}: ended, since nobody reads its output any more", file=sys.stderr)
+        raise SystemExit(1) from None

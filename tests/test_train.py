@@ -745,3 +745,11 @@ def test_bad_input_is_one_clear_line_and_status_2(bad, command, message):
     assert result.returncode == 2
     assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert not (bad / "out").exists()
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    command = [sys.executable, "train.py", "--plan"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()  # before anything is written
+        said = process.stderr.read()
+    assert (process.returncode, said) == (1, "train.py: ended, since nobody reads its output any more\n")

@@ -127,6 +127,11 @@ def forward_backward(loss, inputs) -> None:
     loss(*inputs).backward()
 
 
+def torch_mm(*products) -> None:
+    for a, b, out in products:
+        torch.mm(a, b, out=out)
+
+
 def status_bytes(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
@@ -153,31 +158,31 @@ def bench_loss(rows: str = "256,1024,4096") -> None:
         peers = {"ours": loss_ours, "dense": loss_dense}
     memory = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024  # Linux
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, reverse KL, forward + backward;")
-    print("best of the runs; share = (6VH + 2VH_t) N / seconds over the rate of torch.mm at the same N, V, H in the")
-    print("plain layout; MiB = peak above the inputs, dH and dW, in a process of its own")
+    print("best of three turns or more, in three minutes or more; share = the time of the four products by torch.mm")
+    print("in the plain layout over ours; MiB = peak above the inputs, dH and dW, in a process alone")
     for name, (v, h, h_t) in LOSS_SHAPES.items():
         for n in map(int, rows.split(",")):
             inputs = loss_inputs(name, n)
-            runs = {k: f for k, f in peers.items() if k == "ours" or n * v * 4 * 9 < memory or k == "trl"}
-            times = {k: [] for k in runs}
-            for _ in range(5 if n < 1000 else 3 if n < 4000 else 2):  # in turns, so that a slow minute hits all
-                for k, f in runs.items():
+            runs = {k: (forward_backward, f, inputs) for k, f in peers.items()
+                    if k != "dense" or n * v * 4 * 9 < memory}  # fmt: skip
+            x, w, x_t, w_t = (i.detach() for i in inputs)
+            z, dw = torch.randn(n, v), torch.zeros(v, h)
+            runs["mm"] = torch_mm, (x, w.T, z), (x_t, w_t.T, z), (z, w, torch.empty_like(x)), (z.T, x, dw)
+            times, start = {k: [] for k in runs}, time.perf_counter()
+            while len(times["ours"]) < 3 or time.perf_counter() - start < 180:  # in turns: a slow minute hits all
+                for k, (f, *arguments) in runs.items():
                     for x in inputs[:2]:
                         x.grad = None
-                    times[k].append(seconds(forward_backward, f, inputs))
+                    times[k].append(seconds(f, *arguments))
             best = {k: min(t) for k, t in times.items()}
-            x, w, x_t, w_t = (i.detach() for i in inputs)
-            dense_rows = min(n, memory // (v * 4 * 4))
-            x, x_t, z, dw = x[:dense_rows], x_t[:dense_rows], torch.randn(dense_rows, v), torch.zeros(v, h)
-            products = (x, w.T, z), (x_t, w_t.T, z), (z, w, torch.empty_like(x)), (z.T, x, dw)
-            rate = sum(min(seconds(torch.mm, a, b, out=c) for _ in range(3)) for a, b, c in products) / dense_rows
-            del z, dw, products
+            rate = best.pop("mm")
+            del z, dw, runs
             line = f"{name:8} N {n:5}: "
             for k, t in best.items():
                 above = subprocess.run([sys.executable, __file__, "loss_memory", name, str(n), k], capture_output=True,
                                        text=True, check=True).stdout  # fmt: skip
                 line += f"{k} {t:6.2f} s {int(above) / 2**20:6.0f} MiB"
-                line += f" ({t / best['ours']:.2f}x)  " if k != "ours" else f" share {rate * n / t:.0%}  "
+                line += f" ({t / best['ours']:.2f}x)  " if k != "ours" else f" share {rate / t:.0%}  "
             print(line, flush=True)
 
 

@@ -211,7 +211,9 @@ class FusedDivergence(torch.autograd.Function):
                     z[stop_ids] = z[stop_ids[0]] * share
                 if d_bias is not None:
                     d_bias[:vocab] = z @ scale + (d_bias[:vocab] if start else 0)
-                back_project(z, scale, head_s, h, None if d_hidden is None else d_hidden[part], d_head, start == 0)
+                d_head = back_project(
+                    z, scale, head_s, h, None if d_hidden is None else d_hidden[part], d_head, start == 0
+                )
         # The gradients ride on ctx, not in save_for_backward: they are results, and there is no second derivative
         ctx.gradients = [
             None if g is None else g.to(x.dtype)
@@ -290,13 +292,18 @@ def by_onednn(hidden: Tensor, head: Tensor) -> bool:
     return AMD and len(hidden) > 0 and hidden.device.type == "cpu" and hidden.dtype == head.dtype == torch.float32
 
 
+def onednn(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T, in memory of its own."""
+    return torch.ops.mkldnn._linear_pointwise.default(a, b, None, "none", [], "")
+
+
 def project(
     head: Tensor, bias: Tensor | None, hidden: Tensor, temperature: float, vocab: int, buffer: Tensor | None
 ) -> Tensor:
     """(head (V, H) hidden^T (H, c) + bias) / temperature -> (V, c), float32 or wider, in the buffer if there is one."""
     dtype, c = operand_dtype(hidden), len(hidden)
     if buffer is None:
-        z = torch.ops.mkldnn._linear_pointwise.default(head[:vocab], hidden / temperature, None, "none", [], "")
+        z = onednn(head[:vocab], hidden / temperature)
     else:
         z, x = buffer[: vocab * c].view(vocab, c), hidden.to(dtype).T
         for part, block in blocks(head, vocab, dtype):
@@ -306,21 +313,27 @@ def project(
 
 def back_project(
     dz: Tensor, scale: Tensor, head: Tensor, h: Tensor, d_hidden: Tensor | None, d_head: Tensor | None, first: bool
-) -> None:
+) -> Tensor | None:
     """d_hidden (c, H) = g^T head and d_head (V, H) += g h, or = for the first chunk, with g = dz (V, c) scale (c,).
 
-    Scaling h and d_hidden instead of dz is the same, and saves a pass over dz.
+    Scaling h and d_hidden instead of dz is the same, and saves a pass over dz. Returns d_head, which may be another
+    tensor after the first chunk.
     """
     dtype, scale = operand_dtype(h), scale[:, None]
     x = (h * scale).to(dtype)
+    by_another = first and d_head is not None and by_onednn(h, head) and len(dz) == len(head)
+    if by_another:
+        d_head = onednn(dz, x.T)
+    sums = None if d_hidden is None else d_hidden.new_empty(d_hidden.shape[::-1])  # (H, c)
     for part, block in blocks(head, dz.shape[0], dtype):
         piece = dz[part].to(dtype)
         if d_hidden is not None:
-            add_product(d_hidden, piece.T, block, keep=part.start > 0)
-        if d_head is not None:
+            add_product(sums, block.T, piece, keep=part.start > 0)
+        if d_head is not None and not by_another:
             add_product(d_head[part], piece, x, keep=not first)
     if d_hidden is not None:
-        d_hidden.mul_(scale)
+        torch.mul(sums.T, scale, out=d_hidden)
+    return d_head
 
 
 def balance(dz: Tensor, ids: Tensor) -> None:
@@ -375,24 +388,23 @@ def describe(z: Tensor, t: Tensor | None, y: Tensor | None, tile: int, leave: st
         t_max, t_y = t[t_top, column], None if y is None else t[y, column].double()
         t_at_top = t[top, column]
         origin = z_max - t_at_top
-    scratch = z.new_empty(4, tile, z.shape[1])  # made once: fresh memory costs more than the arithmetic on it
+    scratch = z.new_empty(5, tile, z.shape[1])  # made once: fresh memory costs more than the arithmetic on it
     sums = z.new_zeros(6, math.ceil(z.shape[0] / tile), z.shape[1])  # of each tile; then of all, in float64
     for i, start in enumerate(range(0, z.shape[0], tile)):
-        z_b = z[start : start + tile]
-        x, e, u, f = scratch[:, : z_b.shape[0]]
-        torch.exp(torch.sub(z_b, z_max, out=x), out=e)
-        torch.sum(e, 0, out=sums[0, i])
+        z_b, t_b = z[start : start + tile], None if t is None else t[start : start + tile]
+        x, u, f, e, s = scratch[:, : z_b.shape[0]]
+        e, s = z_b if leave != "logits" else e, t_b if leave == "score" else s
+        torch.sub(z_b, z_max, out=x)
+        if t is not None:
+            torch.sub(t_b, t_max, out=u)
+            torch.sub(z_b, t_b, out=s).sub_(origin)
+        torch.sum(torch.exp(x, out=e), 0, out=sums[0, i])
         torch.sum(x.mul_(e), 0, out=sums[1, i])
         if t is not None:
-            t_b = t[start : start + tile]
-            torch.exp(torch.sub(t_b, t_max, out=u), out=f)
-            torch.sum(f, 0, out=sums[2, i])
+            torch.sum(torch.exp(u, out=f), 0, out=sums[2, i])
             torch.sum(u.mul_(f), 0, out=sums[3, i])
             torch.sum(f.sub_(e), 0, out=sums[4, i])
-            s = torch.sub(z_b, t_b, out=t_b if leave == "score" else x).sub_(origin)
             torch.sum(torch.mul(e, s, out=u), 0, out=sums[5, i])
-        if leave != "logits":
-            z_b.copy_(e)
     Z, sum_ex, Y, sum_fu, Y_less_Z, sum_es = sums.sum(1, dtype=torch.float64)
 
     row = {"student_entropy": Z.log() - sum_ex / Z}

@@ -225,6 +225,27 @@ def test_either_library_gives_the_same(chunk_rows, vocab, monkeypatch):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_vocabulary_of_many_tiles(loss, threads, monkeypatch):
+    """Tiles of a few entries, added up in parts by threads, and a short last one; rows close to the teacher and not."""
+    monkeypatch.setattr(loss_file, "sizes", lambda device_type: (2**28, 100))
+    hidden_s, head_s, hidden_t, head_t, targets, weights = make(v=151, v_t=151, h_t=6)
+    hidden_t[:6], head_t = hidden_s[:6].detach() + 1e-4 * hidden_t[:6], head_s.detach()
+    options = {"loss": loss, "targets": targets, "stop_ids": (3, 150), "token_weights": weights, "top_k": 9}
+    expected = dense_loss(hidden_s, head_s, hidden_t, head_t, **options)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found, stats = distill_loss(hidden_s, head_s, hidden_t, head_t, **options)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.allclose(found, expected, rtol=1e-10)
+    assert torch.allclose((stats["loss"] * weights).sum(), expected, rtol=1e-10)
+    for a, b in zip(torch.autograd.grad(found, (hidden_s, head_s)), torch.autograd.grad(expected, (hidden_s, head_s))):
+        assert torch.allclose(a, b, rtol=1e-7, atol=1e-12)
+
+
 def test_top_k_of_everything_is_the_reverse_kl_and_less_is_a_lower_bound():
     hidden_s, head_s, hidden_t, head_t, *_ = make(v=20)
     whole, _ = distill_loss(hidden_s, head_s, hidden_t, head_t)
@@ -271,11 +292,11 @@ def test_memory_stays_in_the_budget(monkeypatch):
         hidden_s.grad = head_s.grad = None
 
 
-@pytest.mark.parametrize("device, least", [("cpu", 150), ("cuda", 500)])
+@pytest.mark.parametrize("device, least", [("cpu", 128), ("cuda", 500)])
 def test_chunks_of_a_large_vocabulary_are_worth_a_pass_over_the_head(device, least):
     """What is set aside for elementwise work must not eat the budget: chunks of one row would be right, and useless."""
     budget, tile = sizes(device)
-    assert even_chunks(65_536, (budget - 32 * tile * 4) // (2 * 151_936 * 4)) >= least
+    assert even_chunks(65_536, (budget - 40 * tile * 4) // (2 * 151_936 * 4)) >= least
 
 
 def test_statistics_are_what_their_names_say():

@@ -58,6 +58,7 @@ CPUINFO = Path("/proc/cpuinfo")
 AMD = CPUINFO.is_file() and "AuthenticAMD" in CPUINFO.read_text(errors="replace")
 AMD = AMD and torch.backends.mkldnn.is_available()
 LOG2_E = math.log2(math.e)
+ROOM = 40  # tiles that are set aside from the budget for elementwise work; see `sizes`
 FAR = -1e30  # the logit of a column that was merged into another: probability 0, and finite, so that 0 * FAR is 0
 
 
@@ -158,9 +159,9 @@ class FusedDivergence(torch.autograd.Function):
         total, rows = torch.zeros((), dtype=wide, device=device), {}  # rows: name -> list of (c,) tensors
 
         budget, tile_numel = sizes(device.type)
-        threads = torch.get_num_threads()  # a tile is to be divisible among them; see `add_up`
+        parts = parts_of(device)  # a tile is to be divisible by them
         models = 1 if hidden_t is None else 2
-        budget = (options["memory_budget"] or budget) - 40 * tile_numel * wide.itemsize
+        budget = (options["memory_budget"] or budget) - ROOM * tile_numel * wide.itemsize
         chunk_rows = options["chunk_rows"] or even_chunks(n, budget // (models * vocab * wide.itemsize))
 
         buffers = [
@@ -172,7 +173,7 @@ class FusedDivergence(torch.autograd.Function):
                 part = slice(start, start + chunk_rows)
                 h = hidden_s[part]
                 c = h.shape[0]
-                tile = threads * max(1, tile_numel // max(c * threads, 1))
+                tile = parts * max(1, tile_numel // max(c * parts, 1))
                 y = None if targets is None else merged_id(targets[part], stop_ids)  # (c,)
                 z = t = None  # the last chunk's make room for this one's
                 z = project(head_s, bias_s, h, options["temperature"], vocab, buffers[0])  # (V, c)
@@ -242,15 +243,16 @@ def sizes(device_type: str) -> tuple[int, int]:
     """(bytes for the logits of a chunk and what is done to them; logits that elementwise work takes at a time).
 
     On a CPU a tile is to stay in the cache. A GPU wants fewer and larger pieces: each costs a launch, and each chunk
-    a pass over the head and over dW. Room for 40 tiles is set aside from the budget: with 32, 258 of 256 MiB were used.
+    a pass over the head and over dW. The budget holds for what a process takes, which is up to 25 MiB more than what is
+    alive: a C library keeps some of what is freed. ROOM includes that.
     """
     return (2**28, 2**18) if device_type == "cpu" else (2**30, 2**21)
 
 
 def even_chunks(n: int, most: int) -> int:
     """Rows of a chunk, so that n rows go in few chunks of about equal size: each costs a pass over dW, and a short last
-    one costs as much as a long one. Multiples of 64, where that is fine enough: on a CPU, 176 rows took 1.06 times as
-    long a row as 192, and 214 up to 1.6 times as long as 256."""
+    one costs as much as a long one. Multiples of 64, where that is fine enough: on a CPU, 176 rows took 1.03 to 1.05
+    times as long a row as 128, and 214 up to 1.6 times as long as 256."""
     unit = 64 if most >= 128 else 16
     most = max(1, most // unit * unit or most)
     rows = math.ceil(max(n, 1) / math.ceil(max(n, 1) / most))
@@ -262,11 +264,19 @@ def tiles(*buffers: Tensor, tile: int):
     return zip(*(b.split(tile) for b in buffers))
 
 
+def parts_of(device: torch.device) -> int:
+    """In how many parts `add_up` sums: one for each thread of a CPU."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
 def add_up(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """x (tile, c) -> (parts, c): sums over as many runs of rows as there are threads, each of rows that the thread has
-    just written. A plain sum(0) gives each thread columns, and half of those lie in the cache of another: it took up to
-    3 times as long, and 12 where two cores have no cache in common."""
-    parts = torch.get_num_threads() if x.device.type == "cpu" else 1
+    """x (tile, c) -> (parts, c): sums over runs of rows, one for each thread (over all rows if they do not divide).
+
+    A plain sum(0) of numbers that another call has just written took 2 to 3 times as long on two cores, and 7 to 12
+    times in a slow state of the machine; likely because each thread then reads what the other wrote. Of numbers that
+    have lain there it is the quicker way (0.6 of the time).
+    """
+    parts = parts_of(x.device)
     parts = parts if len(x) % parts == 0 else 1
     return torch.sum(x.view(parts, len(x) // parts, x.shape[1]), 1, out=None if out is None else out[:parts])
 
@@ -428,7 +438,7 @@ def describe(z: Tensor, t: Tensor | None, y: Tensor | None, tile: int, leave: st
         origin = z_max - t_at_top
     scratch = z.new_empty(5, tile, z.shape[1])  # made once: fresh memory costs more than the arithmetic on it
     # of each part of a tile; in the end, of all
-    sums = z.new_zeros(6, math.ceil(z.shape[0] / tile), torch.get_num_threads(), z.shape[1])
+    sums = z.new_zeros(6, math.ceil(z.shape[0] / tile), parts_of(z.device), z.shape[1])
     for i, start in enumerate(range(0, z.shape[0], tile)):
         z_b, t_b = z[start : start + tile], None if t is None else t[start : start + tile]
         x, u, f, e, s = scratch[:, : z_b.shape[0]]

@@ -16,7 +16,7 @@ import torch
 from data import InputError
 from data.prefix import longest_response
 from data.run import teacher_needed, teacher_writes
-from loss import sizes
+from loss import ROOM, sizes
 from model import ONEDNN, Transformer, checkpoint_folder, choose_device, free_memory, head_dim_of, load_config
 from sample import Rollout
 
@@ -75,7 +75,7 @@ def memory_parts(
         sampling["copy of the weights that samples"] = 4 * max(map(count_parameters, writers or (student,)))
     rows = micro_batch * tokens
     budget, tile = sizes("cuda" if half else "cpu")
-    logits = min(budget, (rows * V * (1 if teacher is None else 2) + 40 * tile) * 4)
+    logits = min(budget, (rows * V * (1 if teacher is None else 2) + ROOM * tile) * 4)
     learning = {"gradients": 4 * P, "gradient of the head, on its way": 4 * V * H * (2 if half else 1),
                 "logits of a chunk, and what is done to them": logits,
                 "activations kept for backward": activation_bytes(student, rows, half, recompute)

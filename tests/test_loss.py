@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import loss as loss_file
-from loss import LOSSES, distill_loss, even_chunks, sizes
+from loss import LOSSES, ROOM, distill_loss, even_chunks, sizes
 from tests.reference import dense_loss
 
 
@@ -296,7 +296,7 @@ def test_memory_stays_in_the_budget(monkeypatch):
 def test_chunks_of_a_large_vocabulary_are_worth_a_pass_over_the_head(device, least):
     """What is set aside for elementwise work must not eat the budget: chunks of one row would be right, and useless."""
     budget, tile = sizes(device)
-    assert even_chunks(65_536, (budget - 40 * tile * 4) // (2 * 151_936 * 4)) >= least
+    assert even_chunks(65_536, (budget - ROOM * tile * 4) // (2 * 151_936 * 4)) >= least
 
 
 def test_statistics_are_what_their_names_say():

@@ -1,16 +1,22 @@
-"""Accuracy of a checkpoint on problems with a verifiable answer, with the numbers that keep accuracy honest.
+"""What a model can do, and where two models differ: accuracy with its error bar, KL to the teacher, diagnostics.
 
-    python eval.py --model chains/student --data chains
-    python eval.py --model out/step_000030 --data chains --temperature 1 --num_samples 4 --out four.json
+    python eval.py --model data/chains/student --data chains
+    python eval.py --model out/step_000030 --temperature 1 --num_samples 4 --out four.json
     python eval.py --compare before.json,after.json       # a paired test on the same problems
-    python eval.py positions | teacher_prefix | stops | tokens | runs     # the diagnostics, see data/diagnose.py
+
+    python eval.py positions --model data/chains/student,out/step_000030  # KL, entropies, agreement by position
+    python eval.py teacher_prefix --lens 0,4,8,16,32,64                   # accuracy after k tokens of the other model
+    python eval.py tokens --index 3 --out tokens.html                     # one response, coloured by KL
+    python eval.py runs out_a out_b ...                                   # accuracy and KL against FLOP, tokens, time
 
 A response is right when its stated answer equals the reference (data/answers.py). Since a model trained on prefixes may
 stop ending its responses, accuracy is reported together with P(finish), the share of responses that end by themselves
-below the cap, and accuracy among those.
+below the cap, and accuracy among those. The diagnostics are the paper's observations: the numbers are made here and
+written as .json, data/plots.py draws them.
+
+Read from here down: a pair of models; accuracy; KL; what train.py asks before and during a run; the diagnostics.
 """
 
-import functools
 import json
 import math
 import sys
@@ -22,15 +28,69 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import InputError, flag, load_jsonl, parse_flags, read_json, resolve, run_command, stop
-from data.answers import Judge, extract_answer, is_correct
-from data.run import fingerprint, read_kept, rewrite_log
-from data.tokenizer import Tokenizer, prompted_as_trained
+from data import InputError, embedded_model, load_jsonl, plots, read_json, resolve, run_command, stop
+from data.answers import Verifier, extract_answer, is_correct
+from data.flags import check_flags, flag, parse_flags
+from data.run import Run, fingerprint, read_log
+from data.tokenizer import Tokenizer, check_same, prompted_as_trained
 from loss import distill_loss
-from model import Transformer, checkpoint_folder, choose_device
-from sample import Rollout, check_sampling, generate
+from model import Transformer, checkpoint_folder, choose_device, count_parameters, load_config
+from sample import Decoder, Rollout, generate, shorten
 
-PART = 512  # responses between two calls of evaluate's keep()
+# --- a pair of models
+
+
+@dataclass
+class Pair:
+    student: Transformer | None  # float32 weights for the optimizer: at a rate of 1e-6 a bfloat16 weight would not move
+    decoder: Decoder  # the student's sampling copy
+    teacher: Decoder | None  # it only ever reads and writes, so it needs no Transformer
+    tokenizer: Tokenizer
+    teacher_tokenizer: Tokenizer | None
+    vocab: int  # real tokens of both
+    stop_ids: tuple[int, ...]  # of both
+    device: torch.device
+    dtype: torch.dtype  # of the forward passes
+
+
+def load_tokenizers(config, folder: Path, teacher: str) -> tuple[Tokenizer, Tokenizer | None, int, tuple[int, ...]]:
+    """(the student's, the teacher's, real tokens of both, stop ids of both); they must agree on every id."""
+    ours, teachers = Tokenizer(folder, config.chat, config.system, config.thinking), None
+    vocab, stop_ids = ours.vocab_size, {*ours.stop_ids, *ours.stop_ids_of(config.stop_tokens)}
+    if teacher:
+        folder = checkpoint_folder(teacher)
+        teachers = Tokenizer(folder, "off" if config.chat == "off" else "auto")
+        if teachers.chats():
+            switch = config.thinking if "enable_thinking" in (teachers.chat_template() or "") else ""
+            teachers = Tokenizer(folder, config.chat, config.system, switch)
+        check_same(ours, teachers)
+        vocab, stop_ids = min(vocab, teachers.vocab_size), stop_ids | set(teachers.stop_ids)
+    return ours, teachers, vocab, tuple(sorted(i for i in stop_ids if i < vocab))
+
+
+def load_pair(config, resume_from: Path | None) -> Pair:
+    """The pair of a training run, by train.py's Config."""
+    device = choose_device(config.device)
+    config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    dtype, folder = getattr(torch, config.dtype), checkpoint_folder(config.student)
+    tokenizer, teachers, vocab, stop_ids = load_tokenizers(config, folder, config.teacher)
+    teacher = Decoder.from_pretrained(config.teacher, device, dtype, vocab) if config.teacher else None
+    if resume_from is None and config.init == "random":
+        student = Transformer(load_config(folder)).initialize(config.seed).to(device)
+    else:
+        student = Transformer.from_pretrained(resume_from or folder, device, torch.float32)
+    student.recompute = config.recompute
+    if vocab > len(student.head):
+        raise InputError(f"--student: its tokenizer has {vocab} ids, its head {len(student.head)} rows")
+    print(f"student {config.student}: {count_parameters(student.config):,} parameters, float32"
+          + (f"; teacher {config.teacher}: {count_parameters(teacher.config):,}, {config.dtype}" if teacher else ""))
+    print(f"vocabulary {vocab:,} of {len(student.head):,} rows; stop tokens "
+          + ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in stop_ids)
+          + (" (one class)" if config.stop_class and len(stop_ids) > 1 else ""))
+    return Pair(student, Decoder(student, dtype, vocab), teacher, tokenizer, teachers, vocab, stop_ids, device, dtype)
+
+
+# --- accuracy
 
 
 def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -55,21 +115,24 @@ def pass_at(k: int, n: int, right: int) -> float:
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
+def seeds_of(seed: int, problems: int, num_samples: int = 1) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2**63 - 1, (problems, num_samples), generator=generator).tolist()
+
+
 def evaluate(
-    model: Transformer,
+    decoder: Decoder,
     tokenizer: Tokenizer,
     rows: list[dict],
     *,
     max_new_tokens: int,
+    stop_ids: tuple[int, ...],
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    min_p: float | None = None,
     num_samples: int = 1,
-    batch_size: int = 128,
+    slots: int | None = None,
     seed: int = 1337,
-    vocab: int | None = None,
-    stop_ids: tuple[int, ...] | None = None,
     progress: bool = False,
     done: list[dict] | None = None,
     keep: Callable[[list[dict]], None] | None = None,
@@ -78,36 +141,30 @@ def evaluate(
     rows).
 
     done: records of an earlier, interrupted call with the same arguments, which are taken as they are. keep(records) is
-    called with new ones as they come, some hundreds at a time. A row's randomness is its own, so neither changes the
-    result, nor does batch_size. Draws from its own generator, so that evaluating inside a training run does not disturb
-    the run. See `summarize` for the summary; `seconds` is this call's.
+    called with new ones as they come, some hundreds at a time. A response depends on its own seed alone, so neither
+    changes the result, nor does `slots`. See `summarize` for the summary; `seconds` is this call's.
     """
+    start = time.perf_counter()
     encoded = [tokenizer.encode_prompt(row["prompt"]) for row in rows]
-    longest, positions = max(map(len, encoded)), model.config.max_position_embeddings
-    if longest + max_new_tokens > positions:
-        raise InputError(f"--max_new_tokens {max_new_tokens} and the longest prompt, {longest} tokens, exceed the "
-                         f"{positions} positions of the model")  # fmt: skip
     if not all(encoded):
         raise InputError(f"problem {encoded.index([])}: its prompt is empty")
-    order = sorted(range(len(rows)), key=lambda i: -len(encoded[i]))  # neighbours of one length are read together
-    drawn = torch.randint(2**63 - 1, (len(rows), num_samples), generator=torch.Generator().manual_seed(seed))
-    seeds = {i: drawn[place].tolist() for place, i in enumerate(order)}
-    records, start = list(done or []), time.perf_counter()
-    waiting = [i for i in order if i not in {r["problem"] for r in records}]
-    at_once = max(1, PART // num_samples)
-    for part in (waiting[k : k + at_once] for k in range(0, len(waiting), at_once)):
+    seeds = seeds_of(seed, len(rows), num_samples)
+    records, done_problems = list(done or []), {r["problem"] for r in done or []}
+    waiting = [(i, k) for i in range(len(rows)) if i not in done_problems for k in range(num_samples)]
+    waiting.sort(key=lambda place: -len(encoded[place[0]]))  # prompts of one length are read together
+    at_once = max(1, 512 // num_samples) * num_samples
+    for part in (waiting[n : n + at_once] for n in range(0, len(waiting), at_once)):
         rollout = generate(
-            model, [encoded[i] for i in part], max_new_tokens, stop_ids or tokenizer.stop_ids, temperature, top_k,
-            top_p, None, vocab or tokenizer.vocab_size, min_p=min_p, num_samples=num_samples,
-            seeds=[s for i in part for s in seeds[i]], slots=batch_size, progress=progress,
+            decoder, [encoded[i] for i, _ in part], max_new_tokens, stop_ids, temperature, top_k, top_p,
+            seeds=[seeds[i][k] for i, k in part], slots=slots, progress=progress,
         )
         new = []
-        for k in range(len(part) * num_samples):
-            row, text = rows[part[k // num_samples]], tokenizer.decode(rollout.text_ids(k))
+        for n, (i, _) in enumerate(part):
+            text, answer = tokenizer.decode(rollout.text_ids(n)), rows[i]["answer"]
             new.append({
-                "problem": part[k // num_samples], "prompt": row["prompt"], "answer": row["answer"], "response": text,
-                "extracted": extract_answer(text), "correct": is_correct(text, row["answer"]),
-                "finished": bool(rollout.finished[k]), "tokens": int(rollout.lens[k]),
+                "problem": i, "prompt": rows[i]["prompt"], "answer": answer, "response": text,
+                "ids": rollout.response(n), "extracted": extract_answer(text), "correct": is_correct(text, answer),
+                "finished": bool(rollout.finished[n]), "tokens": int(rollout.lens[n]),
             })
         records += new
         if keep is not None:
@@ -120,7 +177,7 @@ def summarize(records: list[dict], num_samples: int) -> dict[str, float]:
     """Of records in the order of problems, `num_samples` for each: accuracy (the mean over problems of the share of
     right samples, avg@k) with low and high (95% over problems: Wilson's for one sample, else by bootstrap), pass@k for
     k = 1, 2, 4, ... (unbiased), finish (share of responses ended by themselves), accuracy_given_finish (nan if none
-    ended), no_answer, capped, mean_len, median_len, len_95 (tokens)."""
+    ended), no_answer, capped, mean_len, rms_len, median_len, len_95 (tokens)."""
     n, ended = len(records), [r for r in records if r["finished"]]
     right = [sum(r["correct"] for r in records[i : i + num_samples]) for i in range(0, n, num_samples)]
     shares = [r / num_samples for r in right]
@@ -133,7 +190,8 @@ def summarize(records: list[dict], num_samples: int) -> dict[str, float]:
         "finish": len(ended) / n,
         "accuracy_given_finish": sum(r["correct"] for r in ended) / len(ended) if ended else math.nan,
         "no_answer": sum(r["extracted"] is None for r in records) / n, "capped": 1 - len(ended) / n,
-        "mean_len": lens.mean().item(), "median_len": lens.median().item(), "len_95": lens.quantile(0.95).item(),
+        "mean_len": lens.mean().item(), "rms_len": lens.square().mean().sqrt().item(),
+        "median_len": lens.median().item(), "len_95": lens.quantile(0.95).item(),
     }
 
 
@@ -146,7 +204,7 @@ def compare(a: dict, b: dict) -> dict[str, float]:
         if not isinstance(result.get("responses"), list):
             raise InputError("--compare: expected two files that --out has written")
         for r in result["responses"]:
-            by_problem.setdefault((r["data"], r["problem"], r["prompt"]), []).append(float(r["correct"]))
+            by_problem.setdefault((r["problem"], r["prompt"]), []).append(float(r["correct"]))
         shares.append({key: sum(v) / len(v) for key, v in by_problem.items()})
     common = sorted(shares[0].keys() & shares[1].keys())
     if not common:
@@ -157,7 +215,7 @@ def compare(a: dict, b: dict) -> dict[str, float]:
     as_large = ((signs * d).mean(1).abs() >= d.mean().abs() - 1e-12).sum().item()
     first, second = (sum(s[key] for key in common) / len(common) for s in shares)
     return {"problems": len(common), "first": first, "second": second, "difference": d.mean().item(), "low": low,
-            "high": high, "p": (as_large + 1) / (len(signs) + 1)}  # fmt: skip
+            "high": high, "p": (as_large + 1) / (len(signs) + 1)}
 
 
 def by_position(values: Tensor, position: Tensor) -> dict[str, float]:
@@ -168,110 +226,188 @@ def by_position(values: Tensor, position: Tensor) -> dict[str, float]:
     return {str(0 if b == 0 else 2 ** (b - 1)): (sums[b] / counts[b]).item() for b in range(len(counts)) if counts[b]}
 
 
+# --- KL to the teacher
+
+
 @torch.no_grad()
 def score(
-    rollout: Rollout, student: Transformer, teacher: Transformer, *, stop_ids: tuple[int, ...], vocab: int,
-    temperature: float = 1.0, micro_batch: int = 16,
+    rollout: Rollout, student: Decoder, teacher: Decoder, *, stop_ids: tuple[int, ...], temperature: float = 1.0,
+    micro_tokens: int = 8192,
 ) -> dict[str, Tensor]:
     """Per response token, in the order of micro_batches: its position, and the statistics of distill_loss; float64."""
     stats: dict[str, list] = {}
-    for tokens, mask, position in rollout.micro_batches(micro_batch):
-        tokens, mask = tokens.to(student.head.device), mask.to(student.head.device)
+    for tokens, mask, position in rollout.micro_batches(micro_tokens):
+        tokens, mask = tokens.to(student.device), mask.to(student.device)
         _, found = distill_loss(
             student(tokens[:, :-1])[mask], student.head, teacher(tokens[:, :-1])[mask], teacher.head,
-            temperature=temperature, vocab=vocab, targets=tokens[:, 1:][mask], stop_ids=stop_ids,
+            temperature=temperature, targets=tokens[:, 1:][mask], stop_ids=stop_ids,
         )
         for name, x in {**found, "position": position}.items():
             stats.setdefault(name, []).append(x.double().cpu())
     return {name: torch.cat(xs) for name, xs in stats.items()}
 
 
-@torch.no_grad()
 def measure_kl(
-    student: Transformer,
-    teacher: Transformer,
-    prompts: list[list[int]],
-    *,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...],
-    vocab: int,
-    temperature: float = 1.0,
-    stop_class: bool = True,
-    micro_batch: int = 16,
-    batch_size: int = 128,
-    seed: int = 1337,
+    rollout: Rollout, student: Decoder, teacher: Decoder, *, stop_ids: tuple[int, ...], temperature: float = 1.0,
+    micro_tokens: int = 8192,
 ) -> dict:
-    """Reverse KL from student to teacher, in nats per token, over responses the student samples to the prompts.
+    """Reverse KL from student to teacher, in nats per token, over whole responses that the student sampled, whatever
+    prefix was trained, so that `kl_by_position` shows what happens to the tail. Returns kl, kl_by_position,
+    response_len, finish."""
+    stats = score(rollout, student, teacher, stop_ids=stop_ids, temperature=temperature, micro_tokens=micro_tokens)
+    return {"kl": stats["kl"].mean().item(), "kl_by_position": by_position(stats["kl"], stats["position"]),
+            "response_len": rollout.lens.double().mean().item(), "finish": rollout.finished.double().mean().item()}
 
-    Whole responses (up to max_new_tokens), whatever prefix was trained, so that `kl_by_position` shows what happens to
-    the tail. Draws from its own generator. Returns kl, kl_by_position, response_len, finish, seconds.
+
+# --- what train.py asks before and during a run; config is its Config
+
+
+@torch.no_grad()
+def preflight(pair: Pair, prompts: list[str], config) -> list[str]:
+    """Look at a pair before it is trained: lines to print, in plain language, the warnings last.
+
+    A few prompts are answered by the student, and both models are asked two questions that betray most mismatches: what
+    should come first, and how likely is each stop token where the student stopped?
     """
-    start = time.perf_counter()
-    rollout = generate(
-        student, prompts, max_new_tokens, stop_ids, temperature, generator=torch.Generator().manual_seed(seed),
-        vocab=vocab, slots=batch_size,
-    )
-    stats = score(rollout, student, teacher, stop_ids=stop_ids if stop_class else (), vocab=vocab,
-                  temperature=temperature, micro_batch=micro_batch)  # fmt: skip
-    return {
-        "kl": stats["kl"].mean().item(), "kl_by_position": by_position(stats["kl"], stats["position"]),
-        "response_len": rollout.lens.double().mean().item(), "finish": rollout.finished.double().mean().item(),
-        "seconds": time.perf_counter() - start,
-    }
+    lines, warnings, tokenizer, teacher_tokenizer = [], [], pair.tokenizer, pair.teacher_tokenizer
+    cap = min(config.prefix_len, 2048)
 
+    def spell(i: int) -> str:
+        return f"{i} {tokenizer.decode([i])!r}"
 
-def examine(
-    model: Transformer, teacher: Transformer | None, is_student: bool, tokenizer: Tokenizer, test: list[dict], config,
-    stop_ids: tuple[int, ...], vocab: int,
-) -> tuple[list[dict], str]:
-    """What train.py asks of a model during a run, by its `config`: the records for its log, and a line to show. A
-    student is judged greedily, sampled, and by its KL to the teacher; a teacher greedily only."""
-    records, said = [], []
-    common = {"max_new_tokens": config.max_new_tokens, "vocab": vocab, "stop_ids": stop_ids,
-              "batch_size": config.batch_size}  # fmt: skip
-    manners = (("greedy", 0.0), ("sampled", config.temperature))[: 2 if is_student else 1]
-    for manner, temperature in manners if config.eval_problems else ():
-        found, _ = evaluate(model, tokenizer, test[: config.eval_problems], temperature=temperature, progress=True,
-                            **common)  # fmt: skip
-        records.append({"manner": manner, **found})
-        said.append(f"{manner} accuracy {found['accuracy']:.3f}")
-    if config.eval_kl and teacher is not None and is_student:
-        found = measure_kl(
-            model, teacher, [tokenizer.encode_prompt(row["prompt"]) for row in test[: config.eval_kl]],
-            temperature=config.temperature, stop_class=config.stop_class, micro_batch=config.micro_batch, **common,
+    encoded = [tokenizer.encode_prompt(p) for p in prompts]
+    lines.append(f"prompt as both models see it: {tokenizer.decode(encoded[0])!r}")
+    rendered = teacher_tokenizer.encode_prompt(prompts[0])
+    if rendered != encoded[0]:
+        warnings.append(
+            "template mismatch: the teacher's own chat template would render this prompt as "
+            f"{teacher_tokenizer.decode(rendered)!r}. A teacher scores badly what it was not trained to read; "
+            "compare --chat on and --chat off, or give the student the teacher's template"
         )
-        records.append({"manner": "kl", **found})
+
+    rollout = generate(pair.decoder, encoded, cap, pair.stop_ids, config.temperature,
+                       seeds=[config.seed + i for i in range(len(encoded))])
+    first, last, ended = [], [], []  # (2, vocab) log-probabilities of student and teacher at a response's two ends
+    for i, prompt in enumerate(encoded):
+        row = torch.tensor([prompt + rollout.response(i)[:-1]], device=pair.device)
+        log_p = torch.stack([m.logits(m(row)[0, [len(prompt) - 1, -1]]).log_softmax(-1).cpu()
+                             for m in (pair.decoder, pair.teacher)])  # (2 models, 2 places, vocab)
+        first.append(log_p[:, 0])
+        if rollout.finished[i]:
+            last.append(log_p[:, 1])
+            ended.append(rollout.response(i)[-1])
+    p, q = torch.stack(first).exp().mean(0)  # (vocab,) each, over the prompts
+    kl = torch.stack([(x[0].exp() * (x[0] - x[1])).sum() for x in first]).mean()
+    lines.append(
+        f"first token: KL {kl:.2f} nats; most likely {spell(int(p.argmax()))} to the student ({p.max():.2f}), "
+        f"{spell(int(q.argmax()))} to the teacher ({q.max():.2f})"
+    )
+    for writer, reader, a, b in (("teacher", "student", q, p), ("student", "teacher", p, q)):
+        opener = int(a.argmax())
+        text = tokenizer.decode([opener])
+        if text in tokenizer.special and opener not in pair.stop_ids and a[opener] > 0.5 and b[opener] < 0.1:
+            seen = f"{text!r} ({a[opener]:.2f}), the {reader} does not ({b[opener]:.1e})"
+            warnings.append(
+                f"thinking-mode mismatch: the {writer} opens with {seen}. Choose --thinking off, or a pair of one mode"
+                if "think" in text else
+                f"template mismatch: the {writer} expects {seen}, so the prompt probably lacks a part of the "
+                f"{writer}'s template. See --chat"
+            )
+    stops = f"stops: {len(ended)} of {len(prompts)} responses ended within {cap:,} tokens"
+    if ended:
+        p, q = torch.stack(last).exp().mean(0)
+        stops += "; there, on average, " + ", ".join(
+            f"{spell(i)}: student {p[i]:.1e}, teacher {q[i]:.1e}" for i in pair.stop_ids)
+        used, preferred = max(set(ended), key=ended.count), max(pair.stop_ids, key=lambda i: q[i])
+        if preferred != used and q[preferred] > 100 * q[used]:
+            warnings.append(
+                f"stop mismatch: the student ends with {spell(used)}, the teacher with {spell(preferred)}. " + (
+                    "They are one class in the loss, so this costs nothing" if config.stop_class else
+                    "Every stop will be punished and responses will run to the cap: leave --stop_class on")
+            )
+    lines.append(stops)
+    if cap == config.prefix_len and config.window == "prefix":
+        cut = len(prompts) - len(ended)
+        lines.append(f"--prefix_len {cap} cuts {cut} of these {len(prompts)} responses" + (
+            "" if cut else ": all of them end before it, so this is plain on-policy distillation"))
+    lines.append(f"the first response:\n{shorten(tokenizer.decode(rollout.text_ids(0)), 12)}")
+    return lines + [f"WARNING: {w}" for w in warnings]
+
+
+def examine(pair: Pair, test: list[dict], config, run: Run) -> None:
+    """Measure the student, and before the first step the teacher, on held-out problems: log it, say it in a line, and
+    show one response. A student is measured greedily, sampled, and by its KL to the teacher on what it sampled."""
+    jobs = [("student", "greedy", 0.0), ("student", "sampled", config.temperature)]
+    if run.step == 0 and pair.teacher is not None:
+        jobs = [("teacher", "greedy", 0.0), *jobs]
+    done = {(r["eval"], r["kind"]) for r in run.records() if "eval" in r and r["step"] == run.step}  # before a kill
+    jobs, said, shown, sampled = [job for job in jobs if job[:2] not in done], [], "", None
+    for who, kind, temperature in jobs if config.eval_problems else ():
+        found, records = evaluate(
+            pair.teacher if who == "teacher" else pair.decoder, pair.tokenizer, test[: config.eval_problems],
+            max_new_tokens=config.max_new_tokens, stop_ids=pair.stop_ids, temperature=temperature, progress=True,
+        )
+        run.write({"step": run.step, "eval": who, "kind": kind, **found})
+        said.append(f"{who}'s {kind} accuracy {found['accuracy']:.3f}")
+        shown = shorten(records[0]["response"], 12) if (who, kind) == ("student", "greedy") else shown
+        sampled = [r["ids"] for r in records] if (who, kind) == ("student", "sampled") else sampled
+    if config.eval_kl and pair.teacher is not None and ("student", "kl") not in done:
+        start = time.perf_counter()
+        prompts = [pair.tokenizer.encode_prompt(row["prompt"]) for row in test[: config.eval_kl]]
+        if sampled is None or len(sampled) < len(prompts):
+            rollout = generate(pair.decoder, prompts, config.max_new_tokens, pair.stop_ids, config.temperature,
+                               seeds=[one[0] for one in seeds_of(1337, len(prompts))])
+        else:
+            rollout = Rollout.of(prompts, sampled[: len(prompts)], pair.stop_ids)
+        found = measure_kl(
+            rollout, pair.decoder, pair.teacher, stop_ids=pair.stop_ids if config.stop_class else (),
+            temperature=config.temperature, micro_tokens=config.micro_tokens,
+        )
+        run.write({"step": run.step, "eval": "student", "kind": "kl", **found, "seconds": time.perf_counter() - start})
         said.append(f"held-out KL {found['kl']:.4f} nats a token")
-    return records, ", ".join(said)
+    print(f"step {run.step}: {', '.join(said)}")
+    if shown:
+        print(f"its greedy response to the first problem:\n{shown}")
+
+
+# --- the command line
 
 
 @dataclass
 class Config:
-    model: str = flag("chains/student", "checkpoint folder or hub name")
-    data: str = flag("chains", "data sets, with commas: names (their test split) or .jsonl files, prompt and answer")
-    num_problems: int = flag(0, "evaluate the first this many problems; 0 takes all")
-    num_samples: int = flag(1, "responses per problem; accuracy is their mean (avg@k)")
-    temperature: float = flag(0.0, "0 takes the most likely token, 1 samples from the model's own distribution")
-    top_k: int = flag(0, "sample among the k most likely tokens only; 0 is off")
-    top_p: float = flag(1.0, "sample among the most likely tokens that hold this much probability; 1 is off")
-    min_p: float = flag(0.0, "sample among tokens of at least this share of the largest probability; 0 is off")
+    model: str = flag("", "checkpoint folder or hub name, with commas between several for a diagnostic; empty takes "
+                      "the student of --data")
+    teacher: str = flag("", "diagnostics: checkpoint folder or hub name; empty takes the teacher of --data")
+    data: str = flag("chains", "data set: a name (its test split) or a .jsonl file")
+    num_problems: int = flag(0, "use the first this many problems; 0 takes all, or 200 for a diagnostic", least=0)
+    num_samples: int = flag(1, "responses per problem; accuracy is their mean (avg@k)", least=1)
+    temperature: float = flag(0.0, "0 takes the most likely token, 1 samples from the model's own distribution, as "
+                              "diagnostics do where nothing is said", least=0, below=math.inf)
+    top_k: int = flag(0, "sample among the k most likely tokens only; 0 is off", least=0)
+    top_p: float = flag(1.0, "sample among the most likely tokens that hold this much probability; 1 is off",
+                        above=0, most=1)
     stop_tokens: str = flag("", "stop tokens besides those the checkpoint declares, comma-separated names or ids")
+    stop_class: bool = flag(True, "diagnostics: merge the stop tokens of both models before the divergence is taken")
     chat: str = flag("auto", "auto: through the chat template where there is one; on: demand it; off: the bare prompt")
     system: str = flag("", "text of a system turn before the prompt, for checkpoints with a chat template")
     thinking: str = flag("", "on or off, for chat templates that have the switch")
-    max_new_tokens: int = flag(512, "cap on the response")
-    batch_size: int = flag(128, "responses sampled together; lower it if memory runs out")
-    seed: int = flag(1337, "seed of the sampling")
-    out: str = flag("", "write results to this .json file, and responses to a .jsonl beside it, to go on from")
+    max_new_tokens: int = flag(4096, "cap on the response", least=1)
+    batch_size: int = flag(256, "responses sampled together; lower it if memory runs out", least=1)
+    micro_tokens: int = flag(8192, "diagnostics: tokens scored together, padding included; likewise", least=1)
+    responses: str = flag("student", "positions: whose responses the two are compared on",
+                          choices=("student", "teacher"))
+    lens: str = flag("0,1,2,4,8,16,32,64,128", "teacher_prefix: how many tokens the other model writes first")
+    index: int = flag(0, "tokens: which problem", least=0)
+    seed: int = flag(1337, "seed of the sampling", least=0)
+    out: str = flag("", "file to write: a .json of results, with the responses in a .jsonl beside it, to go on from; "
+                    "for a diagnostic its picture, with the numbers in a .json beside it")
     compare: str = flag("", "instead: two such files, with a comma between them, for a paired test")
     device: str = flag("", "cpu, cuda, ...; empty chooses")
 
 
 def main(config: Config) -> None:
-    check_sampling(config)
-    if config.batch_size < 1 or config.num_problems < 0:
-        raise InputError(f"--batch_size must be at least 1 and --num_problems not negative, found {config.batch_size} "
-                         f"and {config.num_problems}")  # fmt: skip
+    """Accuracy of one model on one data set."""
+    check_flags(config)
     if config.compare:
         files = config.compare.split(",")
         if len(files) != 2:
@@ -280,97 +416,188 @@ def main(config: Config) -> None:
         print(f"{c['problems']} problems in both: {files[0]} {c['first']:.3f}, {files[1]} {c['second']:.3f}; "
               f"difference {c['difference']:+.3f} (95% {c['low']:+.3f} to {c['high']:+.3f}), p = {c['p']:.4f}")
         return
-    if config.out and not Path(config.out).resolve().parent.is_dir():
-        raise InputError(f"--out {config.out}: there is no folder {Path(config.out).parent}")
-    if config.out.endswith(".jsonl"):
-        raise InputError(f"--out {config.out}: expected a .json file; the responses go to a .jsonl beside it")
-    problems = {}
-    for name in config.data.split(","):
-        problems[name] = load_jsonl(resolve(name, "test"))[: config.num_problems or None]
-    folder = checkpoint_folder(config.model)
+    if config.out and not (config.out.endswith(".json") and Path(config.out).resolve().parent.is_dir()):
+        raise InputError(f"--out {config.out}: expected a .json file in a folder that exists")
+    rows = load_jsonl(resolve(config.data, "test"))[: config.num_problems or None]
+    path = config.model or embedded_model(config.data, "student", "model")
+    folder, device = checkpoint_folder(path), choose_device(config.device)
     prompted_as_trained(config, folder)
-    tokenizer = Tokenizer(folder, config.chat, config.system, config.thinking)
-    device = choose_device(config.device)
-    model = Transformer.from_pretrained(folder, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    kept = Kept(config, folder) if config.out else None
-    if config.temperature == 0:
-        manner = "greedy"
-    else:
-        cuts = [(n, getattr(config, n)) for n, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0))]
-        manner = ", ".join([f"temperature {config.temperature}", *(f"{n} {v}" for n, v in cuts if v not in (0, 1.0))])
-    print(f"{config.model}: {manner}, {config.num_samples} a problem, cap {config.max_new_tokens}, seed {config.seed}")
-    summaries, responses = {}, []
-    for name, rows in problems.items():
-        done = kept.complete(name, len(rows), config.num_samples) if kept else []
-        if done:
-            print(f"{name}: {len(done)} responses are in {kept.path} already")
-        summaries[name], records = evaluate(
-            model, tokenizer, rows, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-            top_k=config.top_k or None, top_p=config.top_p, min_p=config.min_p, num_samples=config.num_samples,
-            stop_ids=(*tokenizer.stop_ids, *tokenizer.stop_ids_of(config.stop_tokens)), batch_size=config.batch_size,
-            seed=config.seed, progress=True, done=done,
-            keep=functools.partial(kept.add, name) if kept else None,
-        )
-        responses += [{"data": name, **r} for r in records]
+    tokenizer, _, vocab, stop_ids = load_tokenizers(config, folder, "")
+    decoder = Decoder.from_pretrained(path, device, torch.bfloat16 if device.type == "cuda" else torch.float32, vocab)
+    file, done = (Path(config.out).with_suffix(".jsonl"), kept_responses(config, folder)) if config.out else (None, [])
 
-    print(f"{'data':15} problems accuracy (95% interval)      P(finish)  accuracy     no    cut at  length: mean,\n"
-          f"{'':52} if finished  answer  the cap  median, 95%")
-    for name, s in summaries.items():
-        print(f"{name:15} {len(problems[name]):8} {s['accuracy']:8.3f} ({s['low']:.3f} to {s['high']:.3f}) "
-              f"{s['finish']:9.3f} {s['accuracy_given_finish']:9.3f} {s['no_answer']:9.3f} {s['capped']:8.3f}  "
-              f"{s['mean_len']:.1f}, {s['median_len']:.0f}, {s['len_95']:.0f}")
-        passes = ", ".join(f"{k} {v:.3f}" for k, v in s.items() if k.startswith("pass@"))
-        print(f"{'':15} " + (passes + "; " if passes else "") + f"{s['seconds']:.1f} s")
-    if Judge.timeouts:
-        print(f"WARNING: math-verify took too long over {Judge.timeouts} answers, which count as wrong; if the machine "
-              "was busy, evaluate again")  # fmt: skip
+    def keep(records: list[dict]) -> None:
+        if file is not None:
+            with open(file, "a", encoding="utf-8") as f:
+                f.write("".join(json.dumps(drop_ids(r)) + "\n" for r in records))
+
+    found, records = evaluate(
+        decoder, tokenizer, rows, max_new_tokens=config.max_new_tokens, stop_ids=stop_ids,
+        temperature=config.temperature, top_k=config.top_k or None, top_p=config.top_p, num_samples=config.num_samples,
+        slots=config.batch_size, seed=config.seed, progress=True, keep=keep,
+        done=[r for r in done if r["problem"] < len(rows)],
+    )
+    print(f"the response to the first problem:\n{shorten(records[0]['response'], 24)}\n\n"
+          f"{path} on {config.data}: {len(rows)} problems, {config.num_samples} samples each, temperature "
+          f"{config.temperature}, seed {config.seed}; {found['seconds']:.1f} s\n"
+          f"accuracy {found['accuracy']:.3f} (95%: {found['low']:.3f} to {found['high']:.3f})"
+          + "".join(f", {k} {v:.3f}" for k, v in found.items() if k.startswith("pass@"))
+          + f"\nP(finish) {found['finish']:.3f}, accuracy if finished {found['accuracy_given_finish']:.3f}, without an "
+          f"answer {found['no_answer']:.3f}\nlength: mean {found['mean_len']:.1f}, median {found['median_len']:.0f}, "
+          f"95% below {found['len_95']:.0f} tokens; cut at {config.max_new_tokens}: {found['capped']:.3f}")
+    if Verifier.timeouts:
+        print(f"WARNING: math-verify took too long over {Verifier.timeouts} answers, which count as wrong; if the "
+              "machine was busy, evaluate again")
     if config.out:
-        text = json.dumps({"config": asdict(config), "summaries": summaries, "responses": responses}, indent=1)
+        text = json.dumps({"config": asdict(config), "summary": found, "responses": list(map(drop_ids, records))},
+                          indent=1)
         Path(config.out).write_text(text + "\n", encoding="utf-8")
-        print(f"written to {config.out}, and response by response to {kept.path}")
+        print(f"written: {config.out}, and response by response {file}")
 
 
-class Kept:
-    """Responses in a JSON-lines file, written as they come, so that an evaluation that was killed goes on where it was:
-    first a record of what they depend on, then one for each response."""
+def drop_ids(record: dict) -> dict:
+    return {k: v for k, v in record.items() if k != "ids"}
 
-    def __init__(self, config: Config, folder: Path):
-        self.path = Path(config.out).with_suffix(".jsonl")
-        made = {k: v for k, v in asdict(config).items() if k not in ("out", "device", "batch_size", "compare", "data")}
-        made = json.loads(json.dumps({**made, "weights": fingerprint(folder)}))
-        self.records = read_kept(self.path, "weights")
-        if self.records and self.records[0] != made:
-            differ = [k for k in made if self.records[0].get(k) != made[k]]
-            raise InputError(f"--out: {self.path} holds responses of another evaluation ({', '.join(differ)} differ): "
-                             "name another file, or delete it")  # fmt: skip
-        rewrite_log(self.path, self.records or [made])
 
-    def complete(self, data: str, problems: int, num_samples: int) -> list[dict]:
-        """The kept records of those problems that have all their samples."""
-        by_problem: dict[int, list] = {}
-        for r in self.records[1:]:
-            if r["data"] == data and r["problem"] < problems:
-                by_problem.setdefault(r["problem"], []).append({k: v for k, v in r.items() if k != "data"})
-        return [r for records in by_problem.values() if len(records) == num_samples for r in records]
+def kept_responses(config: Config, folder: Path) -> list[dict]:
+    """Responses of an earlier evaluation that was interrupted: those of problems that have all their samples. The first
+    line of the file says what they depend on, and must be the same."""
+    file = Path(config.out).with_suffix(".jsonl")
+    free = ("out", "device", "batch_size", "compare", "model", "num_problems")
+    made = {k: v for k, v in asdict(config).items() if k not in free}
+    made = json.loads(json.dumps({**made, "weights": fingerprint(folder)}))
+    records = read_log(file) if file.is_file() else []
+    if file.is_file() and records[:1] != [made]:
+        raise InputError(f"--out: {file} exists and holds something else, or responses made with other flags or "
+                         "weights: name another file, or delete it")
+    complete = {}
+    for r in records[1:]:
+        complete.setdefault(r["problem"], []).append(r)
+    kept = [r for group in complete.values() if len(group) == config.num_samples for r in group]
+    file.write_text("".join(json.dumps(r) + "\n" for r in (made, *kept)), encoding="utf-8")  # without a torn line
+    if kept:
+        print(f"{len(kept)} responses are in {file} already")
+    return kept
 
-    def add(self, data: str, records: list[dict]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps({"data": data, **r}) + "\n" for r in records))
+
+# --- the paper's observations: each returns what its picture in data/plots.py shows
+
+
+def load_models(config: Config):
+    """(students by path, teacher, tokenizer, stop ids, rows with their encoded prompts)"""
+    check_flags(config)
+    if "temperature" not in config.typed:
+        config.temperature = 1.0
+    paths = (config.model or embedded_model(config.data, "student", "model")).split(",")
+    config.teacher = config.teacher or embedded_model(config.data, "teacher", "teacher")
+    folders, device = [checkpoint_folder(path) for path in paths], choose_device(config.device)
+    prompted_as_trained(config, folders[-1])
+    tokenizer, _, vocab, stop_ids = load_tokenizers(config, folders[0], config.teacher)
+    rows = load_jsonl(resolve(config.data, "test"), need=("prompt",))
+    if config.index >= len(rows):
+        raise InputError(f"--index {config.index}: the data has rows 0 to {len(rows) - 1}")
+    for row in rows:
+        row["prompt_ids"] = tokenizer.encode_prompt(row["prompt"])
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    students = {path: Decoder.from_pretrained(path, device, dtype, vocab) for path in paths}
+    return students, Decoder.from_pretrained(config.teacher, device, dtype, vocab), tokenizer, stop_ids, rows
+
+
+def respond(decoder: Decoder, prompts: list[list[int]], config: Config, stop_ids, given: int = 0) -> Rollout:
+    """Responses; `given` of their tokens stand in the prompts already, and count towards the cap."""
+    return generate(decoder, prompts, config.max_new_tokens - given, stop_ids, config.temperature, progress=True,
+                    seeds=[config.seed + i for i in range(len(prompts))], slots=config.batch_size)
+
+
+def positions(config: Config) -> dict:
+    """KL, both entropies and top-1 agreement by response position, with 95% bands of the mean (tokens taken as
+    independent), by thirds of an octave; positions with fewer than 10 tokens are omitted."""
+    students, teacher, _, stop_ids, rows = load_models(config)
+    prompts, curves, rollout = [row["prompt_ids"] for row in rows[: config.num_problems or 200]], {}, None
+    edges = torch.tensor(sorted({round(2 ** (i / 3)) for i in range(3 * 20)}))
+    for name, student in students.items():
+        if config.responses == "student" or rollout is None:
+            rollout = respond(student if config.responses == "student" else teacher, prompts, config, stop_ids)
+        stats = score(rollout, student, teacher, stop_ids=stop_ids if config.stop_class else (),
+                      micro_tokens=config.micro_tokens)
+        at = stats["position"].long()
+        total = stats["kl"].sum()
+        print(f"{name}: KL {stats['kl'].mean():.4f} nats a token over {len(at):,} tokens; share of all KL in the first "
+              + ", ".join(f"{n}: {stats['kl'][at < n].sum() / total:.0%}" for n in (1, 4, 16, 64, 256, 1024))
+              + f" tokens; the student's perplexity {stats['student_logprob'].mean().neg().exp():.3f}")
+        bins = torch.bucketize(at + 1, edges, right=True) - 1
+        shown = [b for b in bins.unique().tolist() if (bins == b).sum() >= min(10, len(prompts))]
+        curves[name] = {"position": [(at[bins == b] + 1).double().mean().item() for b in shown],
+                        "tokens": [int((bins == b).sum()) for b in shown]}
+        for key in ("kl", "student_entropy", "teacher_entropy", "agree"):
+            groups = [stats[key][bins == b] for b in shown]
+            curves[name][key] = [g.mean().item() for g in groups]
+            curves[name][f"{key}_half_width"] = [1.96 * g.std(correction=0).item() / len(g) ** 0.5 for g in groups]
+    return {"config": asdict(config), "curves": curves}
+
+
+def teacher_prefix(config: Config) -> dict:
+    """Accuracy of the student after k tokens of the teacher's, and of the teacher after k tokens of the student's."""
+    students, teacher, tokenizer, stop_ids, rows = load_models(config)
+    rows, curves = rows[: config.num_problems or 200], {}
+    try:
+        lens = sorted({int(n) for n in config.lens.split(",")})
+    except ValueError:
+        raise InputError(f"--lens {config.lens}: expected numbers with commas between them") from None
+    if any("answer" not in row for row in rows):
+        raise InputError(f"--data {config.data}: teacher_prefix grades answers, and a row has none")
+    prompts = [row["prompt_ids"] for row in rows]
+    by_teacher = respond(teacher, prompts, config, stop_ids)
+    for name, student in students.items():
+        by_student = respond(student, prompts, config, stop_ids)
+        for label, writer, first in ((f"{name} after k tokens of the teacher's", student, by_teacher),
+                                     (f"teacher after k tokens of {name}'s", teacher, by_student)):
+            curves[label] = []
+            for k in lens:
+                texts = [first.text_ids(i) for i in range(len(rows))]
+                open_rows = [i for i in range(len(rows)) if first.lens[i] > k]  # the others were given whole
+                if open_rows:
+                    rest = respond(writer, [prompts[i] + texts[i][:k] for i in open_rows], config, stop_ids, given=k)
+                for n, i in enumerate(open_rows):
+                    texts[i] = texts[i][:k] + rest.text_ids(n)
+                right = sum(is_correct(tokenizer.decode(text), row["answer"]) for text, row in zip(texts, rows))
+                low, high = wilson(right, len(rows))
+                point = {"k": k, "accuracy": right / len(rows), "low": low, "high": high,
+                         "given_whole": 1 - len(open_rows) / len(rows)}
+                curves[label].append(point)
+                print(f"{label}, k = {k}: accuracy {point['accuracy']:.3f} ({low:.3f} to {high:.3f}); "
+                      f"{point['given_whole']:.0%} of the responses were given whole")
+    return {"config": asdict(config), "curves": curves}
+
+
+def tokens(config: Config) -> dict:
+    """One response of each student, token by token, with its KL and both models' probability of it."""
+    students, teacher, tokenizer, stop_ids, rows = load_models(config)
+    row, pages = rows[config.index], {}
+    for name, student in students.items():
+        rollout = respond(student, [row["prompt_ids"]], config, stop_ids)
+        stats = score(rollout, student, teacher, stop_ids=stop_ids if config.stop_class else ())
+        pages[name] = [
+            {"text": tokenizer.decode([i]), "kl": kl, "student": math.exp(log_p), "teacher": math.exp(log_q)}
+            for i, kl, log_p, log_q in zip(rollout.response(0), *(stats[k].tolist() for k in (
+                "kl", "student_logprob", "teacher_logprob")))
+        ]
+    return {"config": asdict(config), "prompt": row["prompt"], "responses": pages}
 
 
 if __name__ == "__main__":
-    from data import diagnose  # which imports this file
-
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    command = sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
+    diagnostics = {"positions": positions, "teacher_prefix": teacher_prefix, "tokens": tokens}
     if command == "runs":
         end = next((i for i, a in enumerate(sys.argv) if a.startswith("--")), len(sys.argv))
-        folders, rest = sys.argv[2:end], parse_flags(diagnose.RunsConfig, diagnose.__doc__, sys.argv[end:])
-        if not folders:
+        if end == 2:
             stop("usage: python eval.py runs RUN_FOLDER ... [--out runs.png]")
-        run_command(lambda found: diagnose.compare_runs(found, rest.out), folders)
-    elif command in diagnose.COMMANDS:
-        run_command(diagnose.COMMANDS[command], parse_flags(diagnose.Config, diagnose.__doc__, sys.argv[2:]))
-    elif command and not command.startswith("-"):
-        stop(f"{command}: no such command; {', '.join(diagnose.COMMANDS)} and runs are; flags alone measure accuracy")
+        config = parse_flags(Config, __doc__, sys.argv[end:])
+        run_command(lambda c: plots.draw_runs(sys.argv[2:end], c.out or "runs.png"), config)
+    elif command in diagnostics:
+        config = parse_flags(Config, __doc__, sys.argv[2:])
+        run_command(lambda c: plots.draw(command, diagnostics[command](c), c.out), config)
+    elif command:
+        stop(f"{command}: no such command; {', '.join(diagnostics)} and runs are; flags alone measure accuracy")
     else:
         run_command(main, parse_flags(Config, __doc__))

@@ -2,15 +2,22 @@
 
     python sample.py                                    # teacher and student answer a problem of the embedded test set
     python sample.py --model out/step_000030 --index 7  # another checkpoint, another problem
-    python sample.py --prompt $'Zed=Ivy+5\\nDan=Hal-8\\nIvy=31\\nHal=Eve+3\\nEve=14\\nDan?\\n'
-    python sample.py --model chains/teacher --prompt - < problem.txt
+    python sample.py --data chains --prompt $'Zed=Ivy+5\nDan=Hal-8\nIvy=31\nHal=Eve+3\nEve=14\nDan?\n'
+    python sample.py --model data/chains/teacher --prompt - < problem.txt
 
-`generate` decodes in a number of slots, each of which holds one row's keys and values. A row that ends frees its slot;
-the next waiting row takes it, or, when none waits, the slots close ranks. So neither training (all rows at once) nor
-evaluation (more rows than memory) pays for the rows that are done while the longest is still being written.
+A decode step computes one new token for each of B slots. Three ideas make that enough for training (all rows at once)
+and evaluation (more rows than slots):
+    1. Each row writes its keys and values at its own positions, so prompts of different lengths need no padding
+       between prompt and response.
+    2. A row that ends frees its slot for the next prompt; when no prompt is waiting, the living rows close the gaps.
+    3. One uniform number per row and position, drawn from the row's seed, decides every token. So a row does not depend
+       on its neighbours, the number of slots, or the cap.
+
+Read in this order: Rollout, KVCache, Decoder, sample_token, generate.
 """
 
 import math
+import platform
 import sys
 import time
 from collections import deque
@@ -20,16 +27,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
-from data import HERE, InputError, flag, load_jsonl, parse_flags, resolve, run_command
+from data import InputError, embedded_model, load_jsonl, resolve, run_command
+from data.flags import check_flags, flag, parse_flags
 from data.tokenizer import Tokenizer, prompted_as_trained
-from model import Decoder, KVCache, Transformer, checkpoint_folder, choose_device, free_memory, head_dim_of
+from model import Transformer, checkpoint_folder, choose_device, head_dim_of, rope_tables, rotate
 
-PREFILL_TOKENS = 2**14  # prompts are read in groups of about so many tokens
-# Steps between looks at which rows have ended: a look waits for the device, which is free on a CPU. A row that ended in
-# between computes on, at a position that nobody reads.
-LOOK_EVERY = {"cpu": 1, "cuda": 16}
-BLOCK = 256  # tokens of the vocabulary whose probabilities are added up first
+PREFILL_TOKENS = 2**14  # prompts are read in groups of at most so many tokens, padding included
+LENGTH_STEP = 64  # the part of the cache that a decode step reads is rounded up to a multiple of this
 
 
 @dataclass
@@ -40,22 +46,25 @@ class Rollout:
     prompt_lens: Tensor  # (B,) int64
     lens: Tensor  # (B,) int64, response tokens, the stop token counted
     finished: Tensor  # (B,) bool: ended with a stop token of its own accord; else it was cut at the cap
-    logprobs: Tensor  # (B, max(lens)) float32 log-probability of each response token as it was sampled; 0 where forced
-    forced_lens: Tensor  # (B,) int64, tokens at the response's start that were given, not sampled
-    # The books, of tokens really handled: prompt tokens read (once, where several samples share a prompt), sampled
-    # tokens fed back, and (query, key) pairs attended in both.
+    supervised: Tensor  # (B, 2) int64, first and last + 1 of the response positions to learn from
+    # Counters for the FLOP count, of tokens actually processed: prompt tokens read, sampled tokens fed back, and
+    # (query, key) pairs attended in both.
     prefilled: int = 0
     decoded: int = 0
     pairs: int = 0
-    supervised: Tensor | None = None  # (B, 2) int64, first and last + 1 of the response positions to learn from
 
-    def spans(self) -> Tensor:
-        """(B, 2): what is learned from, by default all of each response."""
-        return torch.stack((self.lens * 0, self.lens), dim=1) if self.supervised is None else self.supervised
+    @classmethod
+    def of(cls, prompts: list[list[int]], responses: list[list[int]], stop_ids: tuple[int, ...]) -> "Rollout":
+        """From lists of ids, all of each response supervised."""
+        prompt_lens, lens = (torch.tensor([len(x) for x in rows]) for rows in (prompts, responses))
+        tokens = torch.zeros(len(prompts), int((prompt_lens + lens).max()), dtype=torch.long)
+        for row, prompt, response in zip(tokens, prompts, responses):
+            row[: len(prompt) + len(response)] = torch.tensor(prompt + response)
+        finished = torch.tensor([bool(r) and r[-1] in stop_ids for r in responses])
+        return cls(tokens, prompt_lens, lens, finished, torch.stack((lens * 0, lens), dim=1))
 
     def num_supervised(self) -> int:
-        spans = self.spans()
-        return int((spans[:, 1] - spans[:, 0]).sum())
+        return int((self.supervised[:, 1] - self.supervised[:, 0]).sum())
 
     def response(self, i: int) -> list[int]:
         """Ids of response i, the stop token included where there is one."""
@@ -63,435 +72,418 @@ class Rollout:
         return self.tokens[i, start : start + int(self.lens[i])].tolist()
 
     def text_ids(self, i: int) -> list[int]:
-        """Ids of response i without the stop token: what there is to read."""
+        """Ids of response i without the stop token: the part to read."""
         return self.response(i)[:-1] if self.finished[i] else self.response(i)
 
-    def micro_batches(self, rows_at_once: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def micro_batches(self, micro_tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Parts of the rollout for the training forward: tokens (b, T), mask (b, T-1), position (n,).
 
         hidden[:, i] predicts tokens[:, i + 1], so the mask marks the n positions that predict a supervised token: of a
         whole response P-1 .. P+len-2, its own stop token included and nothing of the prompt. position counts from the
-        response's start. What follows a row's last supervised token is left out. Rows of one length go together, the
-        longest first, so that memory peaks at once, and a row goes with none that is more than twice as long: a single
-        response that ran to the cap would otherwise make every step several times as dear.
+        response's start. What follows a row's last supervised token is left out. Rows are packed longest first, at
+        most `micro_tokens` tokens together (one row at least), padding included; a row goes with none that is more
+        than twice as long, so that little of a part is padding.
         """
-        spans = self.spans()
-        ends = self.prompt_lens + spans[:, 1]
+        ends = self.prompt_lens + self.supervised[:, 1]
         order = ends.argsort(descending=True, stable=True)
         while len(order):
-            near = int((2 * ends[order] >= ends[order[0]]).sum())  # rows that are at most half padding beside the first
-            rows, order = order[: min(near, rows_at_once)], order[min(near, rows_at_once) :]
-            length = int(ends[rows].max())
+            length = int(ends[order[0]])
+            similar = int((2 * ends[order] >= length).sum())
+            size = max(1, min(similar, micro_tokens // length))
+            rows, order = order[:size], order[size:]
             at, start = torch.arange(length - 1), self.prompt_lens[rows, None] - 1
-            mask = (at >= start + spans[rows, :1]) & (at <= ends[rows, None] - 2)
+            mask = (at >= start + self.supervised[rows, :1]) & (at <= ends[rows, None] - 2)
             yield self.tokens[rows, :length], mask, (at - start)[mask]
+
+
+class KVCache:
+    """Keys and values of every layer: (layers, slots, 2 num_kv_heads, max_len, D), the keys' heads first.
+
+    A position that a row has not written yet may hold what an earlier user of the slot left there; nobody sees it,
+    since a row attends up to its own last position only.
+    """
+
+    def __init__(self, config, slots: int, max_len: int, device, dtype):
+        self.kv_heads = config.num_key_value_heads
+        shape = (config.num_hidden_layers, slots, 2 * self.kv_heads, max_len, head_dim_of(config))
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)
+
+    def read(self, layer: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first `rows` slots and `length` positions, (rows, num_kv_heads, length, D) each."""
+        return self.kv[layer, :rows, :, :length].split(self.kv_heads, dim=1)
+
+    def fill(self, layer: int, slots: Tensor, kv: Tensor) -> None:
+        """Write kv (n, T, 2 num_kv_heads, D) at the first T positions of n slots."""
+        self.kv[layer, slots, :, : kv.shape[1]] = kv.transpose(1, 2)
+
+    def write(self, layer: int, slots: Tensor, positions: Tensor, kv: Tensor) -> None:
+        """Write kv (n, 2 num_kv_heads, D), one position (n,) of each of n slots."""
+        self.kv[layer, slots, :, positions] = kv
+
+    def move(self, to: int, source: int, length: int) -> None:
+        self.kv[:, to, :, :length] = self.kv[:, source, :, :length]
+
+
+class Decoder:
+    """The sampling copy of a model: its weights in the sampling dtype, and the forward that writes token by token.
+
+    q, k and v are one matrix here, as are gate and up, so that a decode step, which reads every weight for a few rows,
+    makes few calls. The weights stay at their addresses; `refresh` copies the trained ones in. `prefill` returns what
+    Transformer.forward returns for the same weights. Without gradients.
+    """
+
+    def __init__(self, model: Transformer, dtype=None, vocab: int | None = None, device=None):
+        """dtype, device: by default the model's. vocab: the number of real tokens; ids beyond it are never sampled."""
+        self.config, self.dtype = model.config, dtype or model.head.dtype
+        self.device = torch.device(device or model.head.device)
+        self.vocab = vocab or len(model.head)
+        self.heads, self.kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
+        self.head_dim, self.eps = head_dim_of(model.config), model.config.rms_norm_eps
+        self.frequencies, self.rope_scale = model.frequencies.to(self.device), model.rope_scale
+        self.cache = None
+        self.weights = [
+            {name: torch.empty(sum(map(len, p)), *p[0].shape[1:], dtype=self.dtype, device=self.device)
+             for name, p in group.items()}
+            for group in self.groups(model)
+        ]
+        if model.config.tie_word_embeddings:  # no second copy of the matrix
+            self.weights[-1]["head"] = self.weights[-1]["embed"][: self.vocab]
+        self.refresh(model)
+
+    @classmethod
+    def from_pretrained(cls, path: str, device, dtype: torch.dtype, vocab: int | None = None) -> "Decoder":
+        """Of a checkpoint, through memory-mapped files, so that the device holds the weights once."""
+        return cls(Transformer.from_pretrained(path, "cpu", dtype), dtype, vocab, device)
+
+    @property
+    def head(self) -> Tensor:
+        return self.weights[-1]["head"]  # (vocab, H)
+
+    def groups(self, model: Transformer) -> list[dict[str, list[Tensor]]]:
+        """The model's parameters, one dictionary a layer and one for the rest: those in one list are joined."""
+        groups = []
+        for block in model.model.layers:
+            a, m = block.self_attn, block.mlp
+            modules = {
+                "norm": [block.input_layernorm], "qkv": [a.q_proj, a.k_proj, a.v_proj], "o": [a.o_proj],
+                "mlp_norm": [block.post_attention_layernorm], "gate_up": [m.gate_proj, m.up_proj],
+                "down": [m.down_proj],
+            }
+            group = {name: [x.weight.detach() for x in xs] for name, xs in modules.items()}
+            group |= {f"{name}_bias": [x.bias.detach() for x in xs] for name, xs in modules.items()
+                      if getattr(xs[0], "bias", None) is not None}
+            if hasattr(a, "q_norm"):  # one gain for every head of q and of k
+                group["qk_norm"] = [a.q_norm.weight.detach()[None].expand(a.heads, -1),
+                                    a.k_norm.weight.detach()[None].expand(a.kv_heads, -1)]
+            groups.append(group)
+        embed, norm, head = model.model.embed_tokens.weight, model.model.norm.weight, model.head
+        return [*groups, {"embed": [embed.detach()], "norm": [norm.detach()], "head": [head.detach()[: self.vocab]]}]
+
+    def refresh(self, model: Transformer) -> None:
+        """Copy the model's weights in, after an optimizer step."""
+        for mine, theirs in zip(self.weights, self.groups(model)):
+            for name, parts in theirs.items():
+                for piece, p in zip(mine[name].split([len(p) for p in parts]), parts):
+                    piece.copy_(p)
+            pack(mine)
+
+    def cache_for(self, slots: int, max_len: int) -> KVCache:
+        """One cache for the whole run: made anew only when a larger one is needed."""
+        _, old_slots, _, old_len, _ = (0,) * 5 if self.cache is None else self.cache.kv.shape
+        if slots > old_slots or max_len > old_len:
+            max_len = math.ceil(max(max_len, old_len) / LENGTH_STEP) * LENGTH_STEP
+            self.cache = None  # freed before the new one is made
+            self.cache = KVCache(self.config, max(slots, old_slots), max_len, self.device, self.dtype)
+        return self.cache
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return self.prefill(tokens)
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor, cache: KVCache | None = None, slots: Tensor | None = None) -> Tensor:
+        """Read whole sequences, padded on the right: tokens (B, T) -> hidden states (B, T, H), those that
+        Transformer.forward returns. With a cache, keys and values are also written to its slots (B,)."""
+        B, T = tokens.shape
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            qkv = qkv.view(B, T, -1, self.head_dim)
+            if cache is not None:
+                cache.fill(layer, slots, qkv[:, :, self.heads :])
+            q, k, v = qkv.transpose(1, 2).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+            return y.transpose(1, 2)  # (B, T, heads, D)
+
+        positions = torch.arange(T, device=tokens.device).repeat(B)
+        return self.forward(tokens.flatten(), positions, attend).view(B, T, -1)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, positions: Tensor, cache: KVCache, length: int) -> Tensor:
+        """Write one token a slot: tokens (B,) at positions (B,) of the cache's first B slots -> hidden states (B, H).
+        length: a number of positions beyond which no row has written."""
+        B, slots = len(tokens), torch.arange(len(tokens), device=tokens.device)
+        unseen = torch.arange(length, device=tokens.device) > positions[:, None, None, None]  # (B, 1, 1, length)
+        mask = torch.zeros_like(unseen, dtype=self.dtype).masked_fill_(unseen, -math.inf)
+
+        def attend(layer: int, qkv: Tensor) -> Tensor:
+            cache.write(layer, slots, positions, qkv[:, self.heads :])
+            # Grouped heads: the query heads of a group stand as several positions, so that each key is read once.
+            q = qkv[:, : self.heads].view(B, self.kv_heads, -1, self.head_dim)
+            return F.scaled_dot_product_attention(q, *cache.read(layer, B, length), attn_mask=mask)
+
+        return self.forward(tokens, positions, attend)
+
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """tokens (n,) at positions (n,) -> hidden states (n, H). attend(layer, qkv) gets queries, keys and values,
+        (n, heads + 2 kv_heads, D), the first two rotated, and returns heads * D attended values a token."""
+        *layers, rest = self.weights
+        n, rotated = len(tokens), self.heads + self.kv_heads
+        x = F.embedding(tokens, rest["embed"])
+        cos, sin = rope_tables(positions, self.frequencies, self.rope_scale, self.dtype)  # (n, 1, D)
+        for layer, w in enumerate(layers):
+            h = F.rms_norm(x, x.shape[1:], w["norm"], self.eps)
+            qkv = linear(h, w, "qkv").view(n, -1, self.head_dim)
+            qk = qkv[:, :rotated]
+            if "qk_norm" in w:
+                qk = F.rms_norm(qk, qk.shape[2:], None, self.eps) * w["qk_norm"]
+            qkv[:, :rotated] = rotate(qk, cos, sin)
+            y = attend(layer, qkv).reshape(n, -1)
+            x += linear(y, w, "o")
+            h = F.rms_norm(x, x.shape[1:], w["mlp_norm"], self.eps)
+            gate, up = linear(h, w, "gate_up").chunk(2, dim=-1)
+            x += linear(F.silu(gate).mul_(up), w, "down")
+        return F.rms_norm(x, x.shape[1:], rest["norm"], self.eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, H) -> (n, vocab), in float32 or wider: rounded to half precision, likely tokens would tie."""
+        if hidden.is_cuda and hidden.dtype.itemsize < 4:
+            return torch.mm(hidden, self.head.T, out_dtype=torch.float32)
+        return linear(hidden, self.weights[-1], "head").to(torch.promote_types(self.dtype, torch.float32))
+
+
+def linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
+    """x (n, I) -> (n, O) by a matrix of a layer and its bias, if it has one."""
+    if name + "_packed" in weights and len(x) >= 4:
+        return torch.ops.mkldnn._linear_pointwise.default(
+            x, weights[name + "_packed"], weights.get(name + "_bias"), "none", [], ""
+        )
+    return F.linear(x, weights[name], weights.get(name + "_bias"))
+
+
+def pack(weights: dict[str, Tensor]) -> None:
+    """On an x86 CPU in float32, lay the large matrices out as oneDNN wants them, beside the plain ones: it makes a
+    decode step of 4 rows or more faster. torch has no public name for it; this is what torch.compile emits."""
+    if platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available():
+        for name in weights.keys() & {"qkv", "o", "gate_up", "down", "head"}:
+            w = weights[name]
+            if w.dtype == torch.float32 and w.device.type == "cpu" and w.numel() >= 2**18:
+                weights[name + "_packed"] = torch.ops.mkldnn._reorder_linear_weight(w)
+
+
+def sample_token(
+    logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """One token a row by inverting the cumulative distribution: logits (B, V), uniform (B,) in [0, 1) -> ids (B,).
+    temperature 0 takes the most likely token."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    x = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
+    if top_k is not None and top_k < x.shape[-1]:
+        x.masked_fill_(x < x.topk(top_k, dim=-1).values[:, -1:], -math.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = x.softmax(-1).sort(-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # the tokens before this one hold enough already
+        x.masked_fill_(torch.zeros_like(beyond).scatter_(-1, order, beyond), -math.inf)
+    cumulative = x.exp_().double().cumsum(-1)  # in float32 the rare tokens of a large vocabulary would get lost
+    total = cumulative[:, -1:]
+    below = torch.minimum(uniform[:, None] * total, total * (1 - 1e-15))  # so that no token of probability 0 is taken
+    token = torch.searchsorted(cumulative, below, right=True)[:, 0]  # the first whose cumulative is above
+    return token.clamp_(max=logits.shape[-1] - 1)  # beyond only where logits are not finite, which the loss reports
 
 
 @torch.no_grad()
 def generate(
-    model: Transformer,
+    decoder: Decoder,
     prompts: list[list[int]],
     max_new_tokens: int,
     stop_ids: tuple[int, ...],
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    generator: torch.Generator | None = None,
-    vocab: int | None = None,
     *,
-    min_p: float | None = None,
-    num_samples: int = 1,
-    forced: list[list[int]] | None = None,
     seeds: list[int] | None = None,
     slots: int | None = None,
-    memory_budget: int | None = None,
     progress: bool = False,
-    stream: Callable[[int, int], None] | None = None,
-    compile: bool = False,
 ) -> Rollout:
-    """Sample `num_samples` responses per prompt, at most `max_new_tokens` long each; a row ends early when it draws one
-    of `stop_ids`. Row i * num_samples + k is sample k of prompt i.
+    """Sample a response to every prompt, at most `max_new_tokens` long; a row ends early when it samples one of
+    `stop_ids`. No token beyond the cap is ever computed.
 
-    temperature: 0 takes the most likely token. top_k, top_p, min_p (of the largest probability) cut the distribution
-        and are for evaluation: the loss of training assumes plain sampling. vocab: the number of real tokens; ids
-        beyond it, the padding of the head, are never drawn.
-    generator draws one seed per row, unless `seeds` gives them. A row's randomness is a function of its seed and its
-        place in the response alone, not of what else is sampled, nor of slots or caps.
-    forced: per row, tokens to start the response with (a teacher's prefix). They count as its tokens, but are not cut
-        where there are more than max_new_tokens of them.
-    slots: rows decoded at once; by default all, or as many as memory_budget (bytes; by default half of what is free)
-        holds. When memory runs out all the same, the slots are halved and the unfinished rows start again.
-    stream(row, id) is called for every token when it is sampled. compile: torch.compile the decode step, which then
-        keeps its shapes, for CUDA graphs.
-    Raises ValueError on an empty prompt, max_new_tokens < 1, or lists of the wrong length.
+    temperature: 0 takes the most likely token. top_k, top_p cut the distribution and are for evaluation: the loss of
+        training assumes plain sampling.
+    seeds: one a row, by default 0, 1, 2, ... A row's randomness depends on its seed and the position alone.
+    slots: rows decoded at once; by default all, but at most 256, since from there on twice the rows take twice as long.
+    Raises ValueError on an empty prompt, max_new_tokens < 1, or a wrong number of seeds, and InputError where prompt
+    and response exceed the model's positions.
     """
-    rows = len(prompts) * num_samples
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token")
-    if max_new_tokens < 1 or num_samples < 1:
-        raise ValueError(f"max_new_tokens and num_samples must be at least 1, found {max_new_tokens}, {num_samples}")
-    for name, given in (("forced", forced), ("seeds", seeds)):
-        if given is not None and len(given) != rows:
-            raise ValueError(f"{name} has {len(given)} entries for {rows} rows")
-    if seeds is None:
-        seeds = torch.randint(2**63 - 1, (rows,), generator=generator).tolist()
-    responses = [list(f) for f in forced or [[]] * rows]
-    logprobs = [[0.0] * len(r) for r in responses]
-    job = Job(
-        model=model, stops=torch.tensor(stop_ids, device=model.head.device), vocab=vocab or model.head.shape[0],
-        starts=[prompts[i // num_samples] + r for i, r in enumerate(responses)],
-        room=[max(0, max_new_tokens - len(r)) for r in responses], seeds=seeds, forced=[len(r) for r in responses],
-        cut=(temperature, top_k, top_p, min_p), stream=stream, compile=compile,
-    )
-    waiting = {i: None for i, r in enumerate(responses) if job.room[i] and not (r and r[-1] in stop_ids)}  # in order
-    books = {"prefilled": 0, "decoded": 0, "pairs": 0}
-    max_len = max(map(len, prompts)) + max_new_tokens
-    slots = min(slots or slots_for(model, max_len, job.vocab, memory_budget), max(1, len(waiting)))
-    begin, sampled = time.perf_counter(), 0
-    if progress:
-        from tqdm import tqdm
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
+    seeds = list(range(len(prompts))) if seeds is None else seeds
+    if len(seeds) != len(prompts):
+        raise ValueError(f"seeds has {len(seeds)} entries for {len(prompts)} rows")
+    longest, positions = max(map(len, prompts)), decoder.config.max_position_embeddings
+    if longest + max_new_tokens > positions:
+        raise InputError(f"--max_new_tokens {max_new_tokens} and the longest prompt, {longest} tokens, exceed the "
+                         f"{positions} positions of the model")
+    device, cap, slots = decoder.device, max_new_tokens, min(slots or 256, len(prompts))
+    cache, stops = decoder.cache_for(slots, longest + cap), torch.tensor(stop_ids, dtype=torch.long, device=device)
+    # A check which rows have ended waits for a GPU; until the next one they compute on and are ignored.
+    check_every = 1 if device.type == "cpu" else 16
 
-        print(f"{len(waiting)} rows in {slots} slots of {max_len} positions: "
-              f"{slots * slot_bytes(model, max_len, job.vocab) / 2**20:,.0f} MiB", file=sys.stderr)
-        bar = tqdm(total=len(waiting), desc="sample", leave=False)
-    while waiting:
-        try:
-            for i, ids, logp in decode(job, list(waiting), slots, max_len, books):
-                responses[i] += ids
-                logprobs[i] += logp
-                del waiting[i]
-                sampled += len(ids)
-                if progress:
-                    bar.update()
-                    bar.set_postfix_str(f"{sampled / (time.perf_counter() - begin):,.0f} tok/s", refresh=False)
-        except RuntimeError as error:
-            if slots == 1 or not out_of_memory(error):
-                raise
-            message = str(error).split(".")[0]
-        else:
-            break
-        slots = (slots + 1) // 2  # here, where the exception holds no tensors any more
-        print(f"out of memory ({message}): {len(waiting)} rows go on in {slots} slots", file=sys.stderr)
-    if progress:
-        bar.close()
-
-    lens = torch.tensor([len(r) for r in responses])
-    prompt_lens = torch.tensor([len(p) for p in prompts]).repeat_interleave(num_samples)
-    tokens = torch.zeros(rows, int((prompt_lens + lens).max()), dtype=torch.long)
-    logp = torch.zeros(rows, int(lens.max()))
-    for i, r in enumerate(responses):
-        sequence = prompts[i // num_samples] + r
-        tokens[i, : len(sequence)] = torch.tensor(sequence)
-        logp[i, : len(r)] = torch.tensor(logprobs[i])
-    finished = torch.tensor([r[-1] in stop_ids for r in responses])
-    return Rollout(tokens, prompt_lens, lens, finished, logp, torch.tensor(job.forced), **books)
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """torch.OutOfMemoryError is a RuntimeError; the CPU's allocator has none of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-@dataclass
-class Job:
-    """What stays the same while some rows are decoded."""
-
-    model: Transformer
-    stops: Tensor
-    vocab: int
-    starts: list[list[int]]  # per row: what is read before the first token is sampled
-    room: list[int]  # per row: how many tokens may be sampled
-    seeds: list[int]
-    forced: list[int]  # per row: tokens of the response that are in starts
-    cut: tuple  # temperature, top_k, top_p, min_p
-    stream: Callable[[int, int], None] | None
-    compile: bool
-
-
-def decode(job: Job, rows: list[int], slots: int, max_len: int, books: dict) -> Iterator[tuple[int, list, list]]:
-    """Sample the given rows, `slots` at a time. Yields (row, sampled ids, their log-probabilities) as each row ends.
-
-    Every row of the cache holds its own prompt and response without a gap, at its own length, and sees only positions
-    up to its own last one: what an earlier user of the slot, or the padding of a prefill, has left beyond is
-    overwritten before it can be seen. So a row's neighbours cannot change it.
-    """
-    model, device, head = job.model, job.model.head.device, job.model.head[: job.vocab]
-    forward, read, to_logits = model, model, lambda hidden: hidden @ head.T
-    if device.type == "cpu" and head.dtype.itemsize >= 4 and not job.compile and room_for_a_copy(model):
-        forward = read = Decoder(model, slots, job.vocab)
-        to_logits = forward.logits
-    if job.compile:  # one graph for a length of the cache and an extent: so that there are few, both are rounded up
-        max_len = math.ceil(max_len / 256) * 256
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        forward = torch.compile(model, mode="reduce-overhead", dynamic=False)
-    look_every = 1 if job.stream is not None else LOOK_EVERY.get(device.type, 16)
-    width = max(job.room[i] for i in rows)
-    cache = KVCache(model.config, slots, max_len, device, head.dtype)
-    if job.compile:
-        torch._dynamo.mark_static_address(cache.kv)
-    hidden = torch.zeros(slots, head.shape[1], device=device, dtype=head.dtype)  # of each slot's last token
-    ids = torch.zeros(slots, width, dtype=torch.long, device=device)
-    logp = torch.zeros(slots, width, device=device)
-    noise = torch.zeros(slots, width, dtype=torch.float64, device=device)
-    length, count, room = torch.zeros(3, slots, dtype=torch.long, device=device)  # of the start; sampled; at most
+    # The state of the slots. The column `cap` of ids and noise is for slots whose row has ended.
+    prompt_len, count = torch.zeros(2, slots, dtype=torch.long, device=device)  # count: tokens sampled so far
     active = torch.zeros(slots, dtype=torch.bool, device=device)
-    row_of: list[int | None] = [None] * slots
-    birth = [0] * slots  # step at which the slot's row would have had length 0
-    queue, step = deque(rows), 0
+    ids = torch.zeros(slots, cap + 1, dtype=torch.long, device=device)
+    noise = torch.zeros(slots, cap + 1, dtype=torch.float64, device=device)
+    hidden = torch.zeros(slots, decoder.config.hidden_size, dtype=decoder.dtype, device=device)  # to sample from next
+    busy: dict[int, tuple[int, int]] = {}  # slot -> its row, and the step in which the row got there
 
-    def admit(free: list[int]) -> None:
-        """Give free slots to waiting rows and read their prompts, each distinct one once."""
-        taken = {}  # start -> its slots
-        for s in free[: len(queue)]:
-            row_of[s] = i = queue.popleft()
-            start = job.starts[i]
-            taken.setdefault(tuple(start), []).append(s)
-            birth[s] = step - len(start)
-            length[s], count[s], room[s], active[s] = len(start), 0, job.room[i], True
-            drawn = torch.rand(job.forced[i] + job.room[i], generator=torch.Generator().manual_seed(job.seeds[i]),
-                               dtype=torch.float64)  # fmt: skip
-            noise[s, : job.room[i]] = drawn[job.forced[i] :].to(device)
-        starts = sorted(taken, key=len, reverse=True)
-        while starts:
-            longest = len(starts[0])
-            near = sum(4 * len(start) >= 3 * longest for start in starts)  # padding is dearer than another reading
-            size = max(1, min(near, PREFILL_TOKENS // longest))
-            part, starts = starts[:size], starts[size:]
-            tokens = torch.zeros(len(part), longest, dtype=torch.long)
-            for k, start in enumerate(part):
-                tokens[k, : len(start)] = torch.tensor(start)
-            own = KVCache(model.config, len(part), longest, device, head.dtype)
-            last = torch.tensor([len(start) - 1 for start in part], device=device)
-            last = read(tokens.to(device), cache=own)[torch.arange(len(part), device=device), last]  # (b, H)
-            to = torch.tensor([s for start in part for s in taken[start]], device=device)
-            source = torch.tensor([k for k, start in enumerate(part) for _ in taken[start]], device=device)
-            cache.copy_rows(to, own, source, longest)
-            hidden[to] = last[source]
-            books["prefilled"] += sum(map(len, part))
-            books["pairs"] += sum(len(start) * (len(start) + 1) // 2 for start in part)
-
-    admit(list(range(slots)))
+    queue, step, responses = deque(range(len(prompts))), 0, [[] for _ in prompts]
+    prefilled = decoded = pairs = 0
+    bar = tqdm(desc="sample", unit=" tok", leave=False, disable=not progress)
     while True:
-        logits = to_logits(hidden)
-        drawn, drawn_logp = draw(logits, noise.gather(1, count.clamp(max=width - 1)[:, None])[:, 0], *job.cut)
-        at = count.clamp(max=width - 1)[:, None]
-        ids.scatter_(1, at, torch.where(active[:, None], drawn[:, None], ids.gather(1, at)))
-        logp.scatter_(1, at, torch.where(active[:, None], drawn_logp[:, None].float(), logp.gather(1, at)))
+        # Refill free slots, several at once: reading one prompt alone takes as long as reading four together.
+        free = [s for s in range(len(count)) if s not in busy]
+        if queue and 8 * len(free) >= slots:
+            filled = [(s, queue.popleft()) for s in free[: len(queue)]]
+            busy |= {s: (i, step) for s, i in filled}
+            size = max(1, PREFILL_TOKENS // longest)
+            for part in (filled[k : k + size] for k in range(0, len(filled), size)):
+                lens = torch.tensor([len(prompts[i]) for _, i in part])
+                tokens = torch.zeros(len(part), int(lens.max()), dtype=torch.long)
+                for row, (_, i) in zip(tokens, part):
+                    row[: len(prompts[i])] = torch.tensor(prompts[i])
+                uniform = [torch.rand(cap, generator=torch.Generator().manual_seed(seeds[i]), dtype=torch.float64)
+                           for _, i in part]
+                at = torch.tensor([s for s, _ in part], device=device)
+                prompt_len[at], noise[at, :cap] = lens.to(device), torch.stack(uniform).to(device)
+                count[at], active[at] = 0, True
+                read = decoder.prefill(tokens.to(device), cache, at)  # (b, T, H)
+                hidden[at] = read[torch.arange(len(part), device=device), prompt_len[at] - 1]
+                prefilled += int(lens.sum())
+                pairs += int((lens * (lens + 1)).sum()) // 2
+
+        # Sample a token in every slot. It will be written at the position after those its row has.
+        column = torch.where(active, count, cap)[:, None]
+        token = sample_token(decoder.logits(hidden), noise.gather(1, column)[:, 0], temperature, top_k, top_p)
+        ids.scatter_(1, column, token[:, None])
+        position = (prompt_len + count).clamp_(max=longest + cap - 1)
         count += active
-        active &= ~torch.isin(drawn, job.stops) & (count < room)
+        active &= ~torch.isin(token, stops) & (count < cap)
         step += 1
 
-        free = []
-        if step % look_every == 0:
-            if job.stream is not None:
-                for s, i in enumerate(row_of):
-                    if i is not None:
-                        job.stream(i, int(drawn[s]))
-            going, counts = active.tolist(), count.tolist()
-            for s, i in enumerate(row_of):
-                if i is not None and not going[s]:
-                    n, start = counts[s], len(job.starts[i])
-                    books["decoded"] += n - 1  # the last is never fed back
-                    books["pairs"] += (n - 1) * start + n * (n - 1) // 2  # the j-th fed back sees start + j
-                    row_of[s] = None
-                    yield i, ids[s, :n].tolist(), logp[s, :n].tolist()
-            free = [s for s, i in enumerate(row_of) if i is None]
-            if len(free) == len(row_of) and not queue:
-                return
-            # Nobody waits: let the last rows move up into the gaps. Not for every gap, since a move costs a copy.
-            if not queue and not job.compile and len(free) >= max(1, len(row_of) // 8):
-                left = len(row_of) - len(free)
-                gaps, movers = [s for s in free if s < left], [s for s in range(left, len(row_of)) if s not in free]
-                if movers:
-                    to, source = torch.tensor(gaps, device=device), torch.tensor(movers, device=device)
-                    cache.copy_rows(to, cache, source, step - min(birth[s] for s in movers))
-                    for x in (ids, logp, noise, length, count, room, active, drawn):
-                        x[to] = x[source]
-                    for s, m in zip(gaps, movers):
-                        row_of[s], birth[s] = row_of[m], birth[m]
-                cache = cache.first(left)
-                ids, logp, noise, length, count, room, active, drawn = (
-                    x[:left] for x in (ids, logp, noise, length, count, room, active, drawn)
+        # Check which rows have ended: now and then, and always when one reaches the cap.
+        if step % check_every == 0 or step - min(start for _, start in busy.values()) == cap:
+            going, counts = torch.stack((active.long(), count)).tolist()
+            ended = [s for s in busy if not going[s]]
+            for s, sampled in zip(ended, ids[ended].tolist() if ended else ()):
+                (i, _), n = busy.pop(s), counts[s]
+                responses[i] = sampled[:n]
+                decoded += n - 1  # the last token is never fed back
+                pairs += (n - 1) * len(prompts[i]) + n * (n - 1) // 2  # the j-th fed back attends to prompt + j
+            bar.update(sum(map(len, responses)) + sum(counts[s] for s in busy) - bar.n)
+            if not busy and not queue:
+                break
+            if not busy:
+                continue
+            # The queue is empty: close the gaps. Not every gap at once, since moving a row copies its cache.
+            if not queue and 8 * len(busy) <= 7 * len(count):
+                living = sorted(busy)
+                for to, s in enumerate(living):
+                    if to != s:
+                        cache.move(to, s, len(prompts[busy[s][0]]) + step - busy[s][1])
+                token, position, prompt_len, count, active, ids, noise = (
+                    x[living] for x in (token, position, prompt_len, count, active, ids, noise)
                 )
-                row_of, birth, free = row_of[:left], birth[:left], []
+                busy = {to: busy[s] for to, s in enumerate(living)}
 
-        # Feed the drawn tokens back. No position is beyond the longest occupied one, so the rest need not be read.
-        extent = step - min((birth[s] for s, i in enumerate(row_of) if i is not None), default=step - 1)
-        if job.compile:
-            extent = max(128, 2 ** math.ceil(math.log2(max(extent, 1))))
-        place = (length + count - 1).clamp(min=0)
-        hidden = forward(drawn[:, None], place[:, None], cache, slots=min(extent, max_len))[:, 0]
-        if job.compile:
-            hidden = hidden.clone()  # a CUDA graph reuses its output's memory
-        if queue and len(free) >= max(1, len(row_of) // 16):  # reading one costs as much as four
-            admit(free)
-
-
-def room_for_a_copy(model: Transformer) -> bool:
-    """Whether a Decoder takes a quarter of the free memory at most; half of it may go to the slots. Without one
-    the last digits are others."""
-    return 4 * sum(p.nbytes for p in model.parameters()) <= free_memory(model.head.device)
-
-
-def slot_bytes(model: Transformer, max_len: int, vocab: int) -> int:
-    """Memory of one slot: keys and values, and its row of logits with what drawing makes of it."""
-    config, itemsize = model.config, model.head.dtype.itemsize
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim_of(config) * max_len * itemsize
-    return cache + vocab * (itemsize + 3 * max(4, itemsize))
-
-
-def slots_for(model: Transformer, max_len: int, vocab: int, memory_budget: int | None) -> int:
-    if memory_budget is None:
-        memory_budget = free_memory(model.head.device) // 2
-    return max(1, memory_budget // slot_bytes(model, max_len, vocab))
-
-
-def draw(
-    logits: Tensor,
-    uniform: Tensor,
-    temperature: float,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One token per row of logits (B, V) by inverting the cumulative distribution at uniform (B,): ids (B,), logprobs
-    (B,)."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if temperature == 0:
-        top, token = logits.max(-1)
-        return token, -(logits - top[:, None]).exp_().sum(-1).log()
-    x = logits - logits.amax(-1, keepdim=True)
-    if temperature != 1:
-        x /= temperature
-    if top_k is not None and top_k < x.shape[-1]:
-        x.masked_fill_(x < x.topk(top_k, dim=-1).values[:, -1:], -math.inf)
-    if min_p:
-        x.masked_fill_(x < math.log(min_p), -math.inf)
-    if top_p is not None and top_p < 1:
-        ordered, order = x.softmax(-1).sort(-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p  # the mass before this token is enough already
-        x.masked_fill_(torch.zeros_like(beyond).scatter_(-1, order, beyond), -math.inf)
-    p = x.exp_()  # not normalised
-
-    # Over 150,000 tokens a cumulative sum in float32 would lose the rare ones, and one in float64 takes longer than the
-    # model's head. So first the block of the vocabulary is found, then the token in it.
-    V, even = p.shape[-1], p.shape[-1] // BLOCK * BLOCK
-    sums = torch.cat((p[:, :even].unflatten(-1, (even // BLOCK, BLOCK)).sum(-1), p[:, even:].sum(-1, keepdim=True)), -1)
-    cumulative = F.pad(sums.double().cumsum(-1), (1, 0))  # (B, blocks + 1)
-    target = uniform[:, None] * cumulative[:, -1:]
-    block = first_above(cumulative[:, 1:], target)  # (B, 1)
-    at = block * BLOCK + torch.arange(BLOCK, device=p.device)
-    inside = p.gather(-1, at.clamp(max=V - 1)).double().masked_fill_(at >= V, 0).cumsum(-1)  # (B, BLOCK)
-    share = (target - cumulative.gather(-1, block)) / sums.gather(-1, block)  # where in the block, 0 to 1
-    token = block * BLOCK + first_above(inside, share.clamp_(min=0) * inside[:, -1:])
-    token.clamp_(max=V - 1)  # likewise; the loss of the step will say so
-    return token[:, 0], (p.gather(-1, token).log() - cumulative[:, -1:].log())[:, 0]
-
-
-def first_above(cumulative: Tensor, target: Tensor) -> Tensor:
-    """Index (B, 1) of the first entry of cumulative (B, n) above target (B, 1). Rounding may have lifted the target to
-    the last entry; it is kept below, so that no token of probability 0 is ever drawn."""
-    below = torch.minimum(target, cumulative[:, -1:] * (1 - 1e-15))
-    found = torch.searchsorted(cumulative.contiguous(), below, right=True)
-    return found.clamp_(max=cumulative.shape[-1] - 1)  # beyond only where the logits were not finite
+        # Feed the tokens back: one decode step. The rest of the cache, which no row has reached, is not read.
+        length = max(len(prompts[i]) + step - start for i, start in busy.values())
+        hidden = decoder.step(token, position, cache, math.ceil(length / LENGTH_STEP) * LENGTH_STEP)
+    bar.close()
+    rollout = Rollout.of(prompts, responses, stop_ids)
+    rollout.prefilled, rollout.decoded, rollout.pairs = prefilled, decoded, pairs
+    return rollout
 
 
 @dataclass
 class Config:
-    model: str = flag("", "checkpoint folder or hub name; empty shows the embedded teacher and student side by side")
+    model: str = flag("", "checkpoint folder or hub name; empty shows the teacher and the student of --data")
     prompt: str = flag("", "your own prompt, or - to read it from standard input; empty takes a problem of --data")
     data: str = flag("chains", "data set the problem comes from: a name or a .jsonl file")
-    index: int = flag(0, "which problem of the test set")
+    index: int = flag(0, "which problem of the test set", least=0)
+    lines: int = flag(40, "lines of a response to show, most of them from its beginning; 0 shows all", least=0)
     chat: str = flag("auto", "auto: through the chat template where there is one; on: demand it; off: the bare prompt")
     system: str = flag("", "text of a system turn before the prompt, for checkpoints with a chat template")
     thinking: str = flag("", "on or off, for chat templates that have the switch")
     stop_tokens: str = flag("", "stop tokens besides those the checkpoint declares, comma-separated names or ids")
-    max_new_tokens: int = flag(512, "cap on the response")
-    temperature: float = flag(0.0, "0 takes the most likely token, 1 samples from the model's own distribution")
-    top_k: int = flag(0, "sample among the k most likely tokens only; 0 is off")
-    top_p: float = flag(1.0, "sample among the most likely tokens that hold this much probability; 1 is off")
-    min_p: float = flag(0.0, "sample among tokens of at least this share of the largest probability; 0 is off")
-    num_samples: int = flag(1, "responses per model; at --temperature 0 they are all the same")
-    seed: int = flag(1337, "seed of the sampling")
+    max_new_tokens: int = flag(4096, "cap on the response", least=1)
+    temperature: float = flag(0.0, "0 takes the most likely token, 1 samples from the model's own distribution",
+                              least=0, below=math.inf)
+    top_k: int = flag(0, "sample among the k most likely tokens only; 0 is off", least=0)
+    top_p: float = flag(1.0, "sample among the most likely tokens that hold this much probability; 1 is off",
+                        above=0, most=1)
+    num_samples: int = flag(1, "responses per model; at --temperature 0 they are all the same", least=1)
+    seed: int = flag(1337, "seed of the sampling", least=0)
     device: str = flag("", "cpu, cuda, ...; empty chooses")
-    compile: bool = flag(False, "torch.compile the decode step: minutes of warm-up, for long responses on a GPU")
-
-
-def check_sampling(config) -> None:
-    """Refuse unusable flags of sample.py and eval.py."""
-    for name in ("max_new_tokens", "num_samples"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name} must be at least 1, found {getattr(config, name)}")
-    if not 0 <= config.temperature < math.inf:
-        raise InputError(f"--temperature must not be negative, found {config.temperature}")
-    if config.top_k < 0:
-        raise InputError(f"--top_k must not be negative, found {config.top_k}")
-    if not 0 < config.top_p <= 1:
-        raise InputError(f"--top_p must lie above 0 and at most at 1, found {config.top_p}")
-    if not 0 <= config.min_p <= 1:
-        raise InputError(f"--min_p must lie between 0 and 1, found {config.min_p}")
 
 
 def main(config: Config) -> None:
-    check_sampling(config)
+    check_flags(config)
     answer = None
     if config.prompt:
         prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
     else:
         rows = load_jsonl(resolve(config.data, "test"), need=("prompt",))
-        if not 0 <= config.index < len(rows):
+        if config.index >= len(rows):
             raise InputError(f"--index {config.index}: the data has rows 0 to {len(rows) - 1}")
         prompt, answer = rows[config.index]["prompt"], rows[config.index].get("answer")
-    pair = config.data if (HERE / config.data / "teacher").is_dir() else "chains"
-    paths = [config.model] if config.model else [f"{pair}/teacher", f"{pair}/student"]
-    device, folders = choose_device(config.device), {path: checkpoint_folder(path) for path in paths}
+    device, names = choose_device(config.device), ("teacher", "student")
+    paths = [config.model] if config.model else [embedded_model(config.data, name, "model") for name in names]
     print(prompt.rstrip("\n") + (f"\n(the answer is {answer})" if answer is not None else ""))
-    for path, folder in folders.items():
+    for path in paths:
+        folder = checkpoint_folder(path)
         prompted_as_trained(config, folder)
         tokenizer = Tokenizer(folder, config.chat, config.system, config.thinking)
         ids = tokenizer.encode_prompt(prompt)
-        if config.prompt and not prompt.endswith("\n") and not tokenizer.chats():
-            print("note: the prompt does not end with a newline; the embedded models expect one")
         if not ids:
             raise InputError("--prompt: nothing in it, and this tokenizer puts nothing before it")
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = Transformer.from_pretrained(folder, device, dtype)
-        if len(ids) + config.max_new_tokens > model.config.max_position_embeddings:
-            raise InputError(f"--max_new_tokens {config.max_new_tokens} and the prompt's {len(ids)} exceed the "
-                             f"{model.config.max_position_embeddings} positions of {path}")  # fmt: skip
-        stop_ids = (*tokenizer.stop_ids, *tokenizer.stop_ids_of(config.stop_tokens))
-        name = f"{folder.parent.name}/{folder.name}"
-        shown, sampled = "", []
-
-        def show(_, i: int) -> None:
-            """Print what the new token adds to the text; half a character waits for its other half."""
-            nonlocal shown
-            if i not in stop_ids:  # noqa: B023 (called before the next round)
-                sampled.append(i)  # noqa: B023
-            text = tokenizer.decode(sampled)  # noqa: B023
-            if not text.endswith("\ufffd"):
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
-
-        alone = config.num_samples == 1
-        if alone:
-            print(f"\n--- {name}")
-        start = time.perf_counter()
+        if config.prompt and not prompt.endswith("\n") and not tokenizer.chats():
+            print("note: the prompt does not end with a newline; the embedded models expect one")
+        model = Transformer.from_pretrained(folder, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        decoder, start = Decoder(model, vocab=tokenizer.vocab_size), time.perf_counter()
         rollout = generate(
-            model, [ids], config.max_new_tokens, stop_ids, config.temperature, config.top_k or None, config.top_p,
-            torch.Generator().manual_seed(config.seed), tokenizer.vocab_size, min_p=config.min_p,
-            num_samples=config.num_samples, progress=not alone, stream=show if alone else None, compile=config.compile,
+            decoder, [ids] * config.num_samples, config.max_new_tokens,
+            (*tokenizer.stop_ids, *tokenizer.stop_ids_of(config.stop_tokens)), config.temperature,
+            config.top_k or None, config.top_p, seeds=[config.seed + i for i in range(config.num_samples)],
+            progress=True,
         )
         seconds = time.perf_counter() - start
         for i in range(config.num_samples):
-            if not alone:
-                print(f"\n--- {name}, sample {i}")
-                print(tokenizer.decode(rollout.text_ids(i)), end="")
+            print(f"\n--- {path}" + (f", sample {i}" if config.num_samples > 1 else ""))
+            print(shorten(tokenizer.decode(rollout.text_ids(i)), config.lines))
             how = "stopped by itself" if rollout.finished[i] else "cut at the cap"
-            print(f"\n[{int(rollout.lens[i])} tokens, {how}]")
+            print(f"[{int(rollout.lens[i])} tokens, {how}]")
         total = int(rollout.lens.sum())
-        print(f"[{rollout.prefilled} prompt, {total} response tokens; {seconds:.2f} s, {total / seconds:,.0f} tok/s"
-              + (", compiling included]" if config.compile else "]"))  # fmt: skip
+        print(f"[{rollout.prefilled} prompt, {total} response tokens; {seconds:.2f} s, {total / seconds:,.0f} tok/s]")
+
+
+def shorten(text: str, lines: int) -> str:
+    """The first three quarters of `lines` lines and the last quarter, where there are more; 0 keeps all."""
+    found, tail = text.split("\n"), lines // 4
+    if not lines or len(found) <= lines + 1:
+        return text
+    return "\n".join([*found[: lines - tail], f"[... {len(found) - lines} lines ...]", *found[len(found) - tail :]])
 
 
 if __name__ == "__main__":

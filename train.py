@@ -1,51 +1,52 @@
 """On-policy distillation from reasoning prefixes: the student writes, the teacher marks, the student learns.
 
     python train.py --prefix_len 1024               # distil the embedded pair on whatever machine this is
-    python train.py --prefix_len 16 --steps 10      # the paper's point: the first tokens carry most of the lesson
-    python train.py --plan --prefix_len 64          # what a run would take: memory, FLOP, the saving of each prefix
+    python train.py --prefix_len 256                # the paper's point: the first tokens carry most of the lesson
+    python train.py --plan --prefix_len 256         # what a run would take: memory, and FLOP by prefix length
     python train.py --student Qwen/Qwen3-1.7B-Base --teacher Qwen/Qwen3-8B --data my_prompts.jsonl --lr 1e-6
 
 One step, as in arXiv 2602.15260:
-    1. sample     the student answers a batch of prompts; a response is cut after `prefix_len` tokens
+    1. sample     the student answers a batch of prompts, and sampling stops after `prefix_len` tokens
     2. score      the frozen teacher reads the same tokens
     3. learn      AdamW on the reverse KL from student to teacher, over the full vocabulary, at the response's positions
 
 Where the responses come from (--rollout student | teacher | data) and what is minimised (--loss) are two independent
 flags, so the same loop is also supervised fine-tuning (--rollout data --loss cross_entropy), which trained the embedded
-pair, and everything in between.
+pairs, and everything in between.
 
-When memory runs out, lower --prefix_len, then --batch_size (sampling) or --micro_batch (learning), or turn on
---recompute; --plan says which part is the large one. Read this file from the last line upwards, or from `train` down.
+Read from here down: the flags; how long the prefix is; who writes the responses; the pair of models; the loop; what a
+step costs, and --plan.
 """
 
-import copy
-import functools
+import ctypes
 import math
+import re
 import signal
-import zlib
+import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from data import InputError, books, flag, parse_flags, run, run_command
-from data.books import tick
-from data.diagnose import preflight
-from data.prefix import adapted_prefix, drift_warning, iw_weights, planned_prefix, supervise_window
-from data.tokenizer import Tokenizer
-from eval import by_position, examine
+from data import HERE, InputError, embedded_model, load_jsonl, resolve, run_command
+from data.flags import check_flags, flag, parse_flags
+from data.run import Run, find_run
+from eval import Pair, by_position, examine, load_pair, preflight
 from loss import LOSSES, distill_loss
-from model import Transformer, choose_device, free_memory
+from model import checkpoint_folder, choose_device, count_flops, count_parameters, head_dim_of, load_config
 from sample import Rollout, generate
 
 
 @dataclass
 class Config:
-    student: str = flag("chains/student", "checkpoint folder or hub name of the model that learns",
-                        group="the pair and the data")  # fmt: skip
-    teacher: str = flag("chains/teacher", "checkpoint folder or hub name of the frozen model that scores")
-    init: str = flag("pretrained", "or random: only --student's configuration, with fresh weights from --seed")
+    student: str = flag("", "checkpoint folder or hub name of the model that learns; empty takes --data's own",
+                        group="the pair and the data")
+    teacher: str = flag("", "checkpoint folder or hub name of the frozen model that scores; empty takes --data's own")
+    init: str = flag("pretrained", "or random: only --student's configuration, with fresh weights from --seed",
+                     choices=("pretrained", "random"))
     data: str = flag("chains", "training prompts: a name (data/NAME/train.jsonl) or a .jsonl file")
     eval_data: str = flag("", "held-out problems, likewise; empty takes --data's own test split, if it has one")
     chat: str = flag("auto", "through the student's chat template where there is one; on: demand it; off: bare prompts")
@@ -54,65 +55,178 @@ class Config:
     stop_tokens: str = flag("", "further stop tokens besides those both checkpoints declare: names or ids, with commas")
     out_dir: str = flag("out", "where log.jsonl and the checkpoints go")
 
-    prefix_len: int = flag(1024, "cut responses after this many tokens; lower it first if memory or time runs out",
-                           group="the method")  # fmt: skip
+    prefix_len: int = flag(1024, "sampling stops after this many tokens; lower it first if memory or time runs out",
+                           group="the method", least=1)
     schedule: str = flag("constant", "how the prefix grows from --prefix_start to --prefix_len: constant (not at all), "
-                         "linear, staircase, or adaptive (when its last half has been learnt)")  # fmt: skip
-    prefix_start: int = flag(16, "where a growing prefix starts")
-    schedule_steps: int = flag(0, "steps in which linear and staircase reach --prefix_len; 0 takes --steps")
-    stair: int = flag(64, "tokens a stair of the staircase")
-    full_every: int = flag(0, "every this many steps, learn from whole responses (up to --max_new_tokens), which keeps "
-                           "what lies beyond a short prefix in place; 0 is never")  # fmt: skip
+                         "linear, staircase, or adaptive (when its last half has been learnt)",
+                         choices=("constant", "linear", "staircase", "adaptive"))
+    prefix_start: int = flag(0, "where a growing prefix starts; 0 takes a 16th of --prefix_len", least=0)
+    stair: int = flag(0, "tokens a stair of the staircase; 0 takes an 8th of --prefix_len", least=0)
     window: str = flag("prefix", "what is supervised: the prefix, where sampling stops; or, as control experiments, "
-                       "the first, last or random --prefix_len tokens of responses of --max_new_tokens")  # fmt: skip
-    rollout: str = flag("student", "who writes the responses: student (on-policy), teacher, or data (its `solution`)")
+                       "the first, last or random --prefix_len tokens of responses of --max_new_tokens",
+                       choices=("prefix", "first", "last", "random"))
+    rollout: str = flag("student", "who writes the responses: student (on-policy), teacher, or data (its `solution`)",
+                        choices=("student", "teacher", "data"))
     mix: float = flag(0.0, "share of each batch whose responses the teacher writes, whole (up to --max_new_tokens), in "
-                      "a run of --rollout student: keeps what lies beyond a short prefix in place")  # fmt: skip
-    teacher_prefix: int = flag(0, "start each student's response with this many tokens of the teacher's, unsupervised")
-    teacher_cache: str = flag("", "a .jsonl file to keep the teacher's responses in, and to take them from")
-    loss: str = flag("reverse_kl", f"what is minimised: {', '.join(LOSSES)}")
-    beta: float = flag(0.5, "mixture of the jsd loss, strictly between 0 and 1")
-    top_k: int = flag(64, "tokens that the topk_reverse_kl loss tells apart; all others are one bucket")
-    top_k_of: str = flag("teacher", "whose most likely tokens those are: teacher or student")
-    iw_gamma: float = flag(0.0, "IW-OPD's soft weights in place of a hard cut: up to 1 + this for early tokens")
-    temperature: float = flag(1.0, "of sampling and of both models' distributions in the loss")
+                      "a run of --rollout student: keeps what lies beyond a short prefix in place", least=0, most=1)
+    loss: str = flag("reverse_kl", f"what is minimised: {', '.join(LOSSES)}", choices=LOSSES)
+    beta: float = flag(0.5, "mixture of the jsd loss", above=0, below=1)
+    top_k: int = flag(64, "tokens that the topk_reverse_kl loss tells apart; all others are one bucket", least=1)
+    temperature: float = flag(1.0, "of sampling and of both models' distributions in the loss", above=0, below=math.inf)
     stop_class: bool = flag(True, "treat all stop tokens of both models as one outcome in the loss")
 
-    steps: int = flag(30, "optimizer steps", group="optimisation")
-    batch_size: int = flag(64, "prompts a step; lower it when memory runs out in sampling")
-    lr: float = flag(5e-4, "peak learning rate; real models want 1e-6 to 1e-5")
-    lr_schedule: str = flag("constant", "constant or cosine (to zero at the last step), after the warm-up")
-    warmup: int = flag(2, "steps of linear warm-up")
-    weight_decay: float = flag(0.0, "AdamW's, on matrices only")
-    beta1: float = flag(0.9, "AdamW's first moment")
-    beta2: float = flag(0.98, "AdamW's second moment")
-    eps: float = flag(1e-8, "AdamW's, below which a gradient no longer makes a full step")
-    grad_clip: float = flag(1.0, "largest gradient norm; 0 turns clipping off")
+    steps: int = flag(30, "optimizer steps", group="optimisation", least=1)
+    batch_size: int = flag(64, "prompts a step; lower it when memory runs out in sampling", least=1)
+    lr: float = flag(5e-4, "peak learning rate; real models want 1e-6 to 1e-5", above=0, below=math.inf)
+    lr_schedule: str = flag("constant", "constant or cosine (to zero at the last step), after the warm-up",
+                            choices=("constant", "cosine"))
+    warmup: int = flag(2, "steps of linear warm-up", least=0)
+    weight_decay: float = flag(0.0, "AdamW's, on matrices only", least=0, below=math.inf)
+    beta2: float = flag(0.98, "AdamW's second moment", least=0, below=1)
+    grad_clip: float = flag(1.0, "largest gradient norm; 0 turns clipping off", least=0)
 
-    eval_every: int = flag(0, "evaluate every this many steps, besides before and after; 0 is off", group="evaluation")
-    eval_problems: int = flag(500, "held-out problems to answer; 0 measures no accuracy")
-    eval_kl: int = flag(100, "held-out prompts to measure the reverse KL on, over whole responses of the student, or 0")
-    max_new_tokens: int = flag(512, "cap on responses in evaluation, with --window and with --full_every")
+    eval_every: int = flag(0, "evaluate every this many steps, besides before and after; 0 is off",
+                           group="evaluation", least=0)
+    eval_problems: int = flag(100, "held-out problems to answer; 0 measures no accuracy", least=0)
+    eval_kl: int = flag(32, "held-out prompts to measure the reverse KL on, over whole responses of the student, or 0",
+                        least=0)
+    max_new_tokens: int = flag(4096, "cap on responses in evaluation, with --window and with --mix", least=1)
 
-    micro_batch: int = flag(0, "rows that go forward and backward at once; 0 takes what --memory holds. The result is "
-                            "the same; lower it when memory runs out in learning", group="the machine")  # fmt: skip
-    memory: float = flag(0.0, "GiB the run may take; 0 takes nine tenths of what is free when it starts")
+    micro_tokens: int = flag(8192, "tokens that go forward and backward at once, padding included; the result is the "
+                             "same; lower it when memory runs out in learning", group="the machine", least=1)
     recompute: bool = flag(False, "keep only the blocks' inputs for backward: much less memory, a third more FLOP")
-    compile: bool = flag(False, "torch.compile the training forwards and the decode step: minutes of warm-up")
+    compile: bool = flag(False, "torch.compile the two forwards of learning: minutes of warm-up")
     device: str = flag("", "cpu, cuda, cuda:1, ...; empty chooses")
-    dtype: str = flag("", "float32 or bfloat16 for forward passes (the student's weights stay float32); empty chooses")
+    dtype: str = flag("", "float32 or bfloat16 for forward passes (the student's weights stay float32); empty chooses",
+                      choices=("", "float32", "bfloat16"))
 
-    seed: int = flag(1337, "of the data order, the sampling and fresh weights", group="the run")
-    save_every: int = flag(0, "checkpoint every this many steps, besides the last; 0 is off")
-    keep: int = flag(2, "how many checkpoints stay")
+    seed: int = flag(1337, "of the data order, the sampling and fresh weights", group="the run", least=0)
+    save_every: int = flag(0, "checkpoint every this many steps, besides the last; 0 is off", least=0)
+    keep: int = flag(2, "how many checkpoints stay", least=1)
     resume: bool = flag(False, "continue the run in --out_dir from its last complete checkpoint")
     overwrite: bool = flag(False, "discard the run in --out_dir")
-    wandb_project: str = flag("", "also log to this project of Weights & Biases (pip install wandb)")
     plan: bool = flag(False, "only print what the run would take, from the two config.json alone")
-    plan_lens: str = flag("64,2048", "prompt and whole-response tokens that --plan assumes")
 
 
-# --- which prompts, and who answers them
+def complete(c: Config) -> None:
+    """Refuse flags that contradict each other, and fill in those that follow from others."""
+    check_flags(c)
+    needs_teacher = c.loss != "cross_entropy" or c.rollout == "teacher" or c.mix > 0
+    c.student = c.student or embedded_model(c.data, "student", "student")
+    c.teacher = c.teacher or (embedded_model(c.data, "teacher", "teacher") if needs_teacher else "")
+    c.prefix_start = c.prefix_start or max(1, c.prefix_len // 16)
+    c.stair = c.stair or max(1, c.prefix_len // 8)
+    clashes = (
+        (c.loss == "sampled_kl" and (c.rollout != "student" or c.mix > 0),
+         "--loss sampled_kl estimates from the student's own samples: use it with --rollout student and --mix 0"),
+        (c.schedule != "constant" and c.prefix_start > c.prefix_len,
+         f"--prefix_start {c.prefix_start} lies above --prefix_len {c.prefix_len}"),
+        (c.schedule == "adaptive" and c.loss == "cross_entropy",
+         "--schedule adaptive follows the KL to the teacher, which is not available with --loss cross_entropy"),
+        (c.schedule == "adaptive" and c.window not in ("prefix", "first"),
+         f"--schedule adaptive follows the end of the prefix: it needs --window prefix or first, found {c.window}"),
+        (c.mix > 0 and c.rollout != "student", f"--mix is for --rollout student, found --rollout {c.rollout}"),
+        (c.mix > 0 and c.window != "prefix", "--mix and --window exclude each other"),
+        (0 < c.mix and round(c.mix * c.batch_size) == 0,
+         f"--mix {c.mix} of --batch_size {c.batch_size} is less than one row: raise one of the two"),
+        (c.resume and c.overwrite, "--resume and --overwrite contradict each other"),
+    )
+    for clash, message in clashes:
+        if clash:
+            raise InputError(message)
+
+
+# --- how long the prefix is
+
+
+def prefix_len_at(step: int, config: Config, state: dict) -> int:
+    """The prefix length of a step (counted from 0). state: the adaptive schedule's."""
+    if config.schedule == "constant":
+        return config.prefix_len
+    if config.schedule == "adaptive":
+        return state["prefix_len"]
+    progress = min(1.0, step / max(1, config.steps - 1))
+    grown = round(progress * (config.prefix_len - config.prefix_start))
+    if config.schedule == "staircase" and progress < 1:
+        grown = grown // config.stair * config.stair
+    return config.prefix_start + grown
+
+
+def grow(state: dict, kl: Tensor, position: Tensor, lens: Tensor, config: Config) -> dict:
+    """The adaptive schedule: its next state, from a step's KL (n,) at the response positions (n,), and the lengths of
+    its responses (B,).
+
+    The KL of the prefix's last half is smoothed over steps. The prefix grows by half when that KL is down to a tenth of
+    what it was in the run's first step, or has not fallen by 5% below its lowest for three steps; but only if a quarter
+    of the responses reach its end, or a longer one would hold little more. After adaptive FastOPD (arXiv 2607.29494),
+    whose four signals this reduces to two.
+    """
+    length = state["prefix_len"]
+    edge = kl[(position >= length // 2) & (position < length)]
+    if not len(edge):
+        return state
+    now = edge.double().mean().item()
+    if state["smooth"] is None:  # the first step at this length
+        state = {"prefix_len": length, "smooth": now, "first": state.get("first", now), "lowest": now, "waited": -1}
+    smooth = 0.7 * state["smooth"] + 0.3 * now
+    fell = smooth < 0.95 * state["lowest"]
+    waited, lowest = (0, smooth) if fell else (state["waited"] + 1, state["lowest"])
+    reached = (lens >= length).double().mean() >= 0.25
+    if (waited >= 3 or now < 0.1 * state["first"]) and reached and length < config.prefix_len:
+        return {**state, "prefix_len": min(config.prefix_len, math.ceil(1.5 * length)), "smooth": None}
+    return {**state, "smooth": smooth, "lowest": lowest, "waited": waited}
+
+
+def longest_response(config: Config) -> int:
+    """Tokens of the longest response that a step may see."""
+    if config.window != "prefix":
+        return config.max_new_tokens
+    return max(config.prefix_len, config.max_new_tokens if config.mix else 0)
+
+
+# --- the prompts
+
+
+def read_prompts(config: Config) -> tuple[list[dict], list[dict]]:
+    """(rows to train on, held-out rows)."""
+    need = ("prompt", "solution") if config.rollout == "data" else ("prompt",)
+    rows = load_jsonl(resolve(config.data, "train"), need)
+    own = (HERE / config.data / "test.jsonl").is_file()
+    if not (config.eval_problems or config.eval_kl):
+        return rows, []
+    if not (config.eval_data or own):
+        if config.eval_every:
+            raise InputError(f"--eval_every {config.eval_every}: --data {config.data} has no held-out problems; give "
+                             "some with --eval_data")
+        print("no held-out problems (--eval_data): only the training loss will be known")
+        return rows, []
+    file = resolve(config.eval_data or config.data, "test", "eval_data" if config.eval_data else "data")
+    try:
+        return rows, load_jsonl(file, ("prompt", "answer") if config.eval_problems else ("prompt",))
+    except InputError as error:
+        mend = "; --eval_problems 0 measures only the KL, which needs none" if '"answer"' in str(error) else ""
+        raise InputError(f"{error}{mend}") from None
+
+
+def encode_prompts(config: Config, rows: list[dict], pair: Pair) -> None:
+    """Add `prompt_ids` (and `solution_ids`) to the rows. The longest must fit both models."""
+    for row in tqdm(rows, desc="tokenize", leave=False, delay=2):
+        row["prompt_ids"] = pair.tokenizer.encode_prompt(row["prompt"])
+        if config.rollout == "data":
+            row["solution_ids"] = pair.tokenizer.encode(row["solution"])
+        if not row["prompt_ids"]:
+            raise InputError(f"--data {config.data}: a prompt is empty, and this tokenizer puts nothing before it")
+    cap, longest = longest_response(config), max(len(row["prompt_ids"]) for row in rows)
+    flag_name = "prefix_len" if cap == config.prefix_len else "max_new_tokens"
+    for model in filter(None, (pair.student, pair.teacher)):
+        if longest + cap > model.config.max_position_embeddings:
+            raise InputError(
+                f"--{flag_name} {cap} and the longest prompt of --data, {longest} tokens, exceed the "
+                f"{model.config.max_position_embeddings} positions of the model: lower the one or shorten the other"
+            )
+
+
+# --- who writes the responses
 
 
 def batch_of(rows: list[dict], step: int, config: Config) -> list[dict]:
@@ -126,118 +240,35 @@ def batch_of(rows: list[dict], step: int, config: Config) -> list[dict]:
     return batch
 
 
-def respond(
-    batch: list[dict], step: int, prefix_len: int, config: Config, student: Transformer, teacher: Transformer | None,
-    tokenizer: Tokenizer, stop_ids: tuple[int, ...], vocab: int, generator: torch.Generator,
-    cache: run.ResponseCache | None = None, room: int | None = None,
-) -> tuple[Rollout, dict]:
-    """1. sample: a response to every prompt of the batch, and the books of who wrote how much.
+def respond(batch: list[dict], step: int, prefix_len: int, config: Config, pair: "Pair") -> tuple[Rollout, float]:
+    """A response to every prompt of the batch, and the FLOP of sampling them.
 
-    Whatever the student does not write is given to `generate` as the start of its response: all of it (the data's
-    solutions, the teacher's responses) or its first tokens (--teacher_prefix). The given start is not supervised where
-    the student goes on from it. Of whole responses, a --window picks the tokens to supervise. room: bytes for the KV
-    cache; where not all rows fit, they take turns.
+    The first rows are the teacher's (--mix) or all of them are (--rollout teacher), or all are the data's solutions;
+    the student writes the others. Of whole responses, a --window picks the tokens to supervise.
     """
+    generator = torch.Generator().manual_seed(config.seed + 104729 * (step + 1))
+    seeds = torch.randint(2**63 - 1, (len(batch),), generator=generator).tolist()
+    prompts, responses, flop = [row["prompt_ids"] for row in batch], [], 0.0
     cap = prefix_len if config.window == "prefix" else config.max_new_tokens
-    whole = max(cap, config.max_new_tokens) if config.mix else cap
-    prompts, given = [row["prompt_ids"] for row in batch], [[] for _ in batch]
-    sampling = {"temperature": config.temperature, "generator": generator, "vocab": vocab, "memory_budget": room}
-    ready = round(config.mix * len(batch)) if config.rollout == "student" else len(batch)  # rows given whole
-    wrote = {"sampled": 0, "flop_sample": 0.0}
-
-    def account(rollout: Rollout, writer: Transformer) -> Rollout:
-        heads = int((rollout.lens - rollout.forced_lens).sum())
-        wrote["sampled"] += heads
-        wrote["flop_sample"] += books.count_flops(
-            writer.config, rollout.prefilled + rollout.decoded, rollout.pairs, heads
-        )
-        return rollout
-
-    def ask_teacher(rows: range, at_most: int) -> None:
-        """Let the teacher write for some rows. What goes to the cache is of full length, for whoever asks next."""
-        if cache is not None:
-            at_most = run.longest_response(config)
-        new = [i for i in rows if cache is None or tuple(prompts[i]) not in cache.responses]
-        if new:
-            seeds = None
-            if cache is not None:  # then a response is a function of its prompt
-                seeds = [(zlib.crc32(batch[i]["prompt"].encode()) + config.seed * 2**32) % 2**63 for i in new]
-            rollout = account(
-                generate(teacher, [prompts[i] for i in new], at_most, stop_ids, seeds=seeds, **sampling), teacher
-            )
-            for k, i in enumerate(new):
-                given[i] = rollout.response(k)
-                if cache is not None:
-                    cache.add(prompts[i], given[i], step)
-        for i in rows if cache is not None else ():
-            given[i] = cache.responses[tuple(prompts[i])]
-
+    by_teacher = len(batch) if config.rollout == "teacher" else round(config.mix * len(batch))
     if config.rollout == "data":
-        given = [row["solution_ids"] + [tokenizer.eos_id] for row in batch]
-    elif ready:
-        ask_teacher(range(ready), whole)
-    given = [g[:whole] for g in given]
-    if config.teacher_prefix:
-        ask_teacher(range(ready, len(batch)), config.teacher_prefix)
-        given[ready:] = [g[: config.teacher_prefix] for g in given[ready:]]
-    rollout = account(
-        generate(student, prompts, cap, stop_ids, forced=given, compile=config.compile, **sampling), student
-    )
-    start = rollout.forced_lens.clone()
-    start[:ready] = 0
-    rollout.supervised = torch.stack((start, rollout.lens), dim=1)
+        responses = [[*row["solution_ids"], pair.tokenizer.eos_id][:cap] for row in batch]
+    else:
+        whole = config.max_new_tokens if config.mix else cap
+        for writer, rows, most in ((pair.teacher, range(by_teacher), whole),
+                                   (pair.decoder, range(by_teacher, len(batch)), cap)):
+            if len(rows):
+                part = generate(writer, [prompts[i] for i in rows], most, pair.stop_ids, config.temperature,
+                                seeds=[seeds[i] for i in rows])
+                responses += [part.response(i) for i in range(len(rows))]
+                flop += count_flops(writer.config, part.prefilled + part.decoded, part.pairs, int(part.lens.sum()))
+    rollout = Rollout.of(prompts, responses, pair.stop_ids)
     if config.window != "prefix":
-        supervise_window(rollout, prefix_len, config.window, generator)
-    return rollout, wrote
-
-
-# --- the step
-
-
-def train_on(
-    rollout: Rollout, student: Transformer, teacher: Transformer | None, config: Config, vocab: int,
-    stop_ids: tuple[int, ...], autocast, clock: dict, forwards: tuple | None = None,
-) -> dict:
-    """2. score and 3. learn: accumulate the gradient of a step's loss. Returns the statistics of every supervised row.
-
-    Each row is weighted by 1 / (supervised tokens of the whole step), so the gradient does not depend on how the step
-    is split into micro-batches. A response's own positions are all that is supervised: the stop token if the student
-    drew it, no invented stop where the prefix was cut, never the prompt.
-    Raises FloatingPointError when a loss is not finite, naming the micro-batch and the part it comes from.
-    """
-    device, half = student.head.device, config.dtype == "bfloat16"
-    forward_s, forward_t = forwards or (student, teacher)
-    supervised = rollout.num_supervised()
-    stats: dict[str, list] = {}
-    for number, (tokens, mask, position) in enumerate(rollout.micro_batches(config.micro_batch)):
-        tokens, mask = tokens.to(device), mask.to(device)
-        hidden_t = head_t = None
-        start = tick(device)
-        if teacher is not None:
-            with torch.no_grad():
-                hidden_t, head_t = forward_t(tokens[:, :-1])[mask], teacher.head
-        clock["teacher"] += tick(device) - start
-        start = tick(device)
-        with autocast():
-            hidden_s = forward_s(tokens[:, :-1])[mask]
-        hidden_s = hidden_s.bfloat16() if half else hidden_s
-        fused = functools.partial(
-            distill_loss, hidden_t=hidden_t, head_t=head_t, loss=config.loss, temperature=config.temperature,
-            beta=config.beta, top_k=config.top_k, top_k_of=config.top_k_of, targets=tokens[:, 1:][mask], vocab=vocab,
-            stop_ids=stop_ids if config.stop_class and teacher is not None else (),
-        )
-        weights = torch.full((len(hidden_s),), 1.0 / supervised, device=device, dtype=student.head.dtype)
-        if config.iw_gamma:
-            _, seen = fused(hidden_s.detach(), student.head.detach())
-            weights *= iw_weights(seen["student_logprob"] - seen["teacher_logprob"], mask, config.iw_gamma)
-        loss, row_stats = fused(hidden_s, student.head, token_weights=weights)
-        row_stats["loss"] = row_stats["loss"] * weights * supervised
-        run.must_be_finite(row_stats["loss"], position, number, hidden_t, hidden_s)
-        loss.backward()
-        clock["student"] += tick(device) - start
-        for name, value in {**row_stats, "position": position}.items():
-            stats.setdefault(name, []).append(value.cpu())
-    return {name: torch.cat(values) for name, values in stats.items()}
+        rest = (rollout.lens - prefix_len).clamp(min=0)  # tokens outside the window
+        random = (torch.rand(len(rest), generator=generator, dtype=torch.float64) * (rest + 1)).long()
+        start = {"first": rest * 0, "last": rest, "random": random}[config.window]
+        rollout.supervised = torch.stack((start, (start + prefix_len).minimum(rollout.lens)), dim=1)
+    return rollout, flop
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -249,161 +280,253 @@ def learning_rate(step: int, config: Config) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# --- the run
+def due(step: int, config: Config) -> bool:
+    """Whether an evaluation is due during a run; the one at its end comes in any case."""
+    return bool(config.eval_every) and step % config.eval_every == 0 and step < config.steps
+
+
+# --- the loop
 
 
 def train(config: Config) -> None:
-    run.check_flags(config)
+    complete(config)
     if config.plan:
-        return books.plan(config)
-    device = choose_device(config.device)
-    books.keep_freed_memory(device)
-    config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    resume_from = run.find_run(config)
-    free = config.memory * 2**30 or int(0.9 * free_memory(device))
-    process = books.process_memory(device, config.student)
-    dtype = getattr(torch, config.dtype)
-    half = dtype != torch.float32
-
-    rows, test = run.read_prompts(config)  # before the models: these may have to be downloaded first
-    student, teacher, tokenizer, theirs, vocab, stop_ids = run.load_pair(config, device, dtype, resume_from)
-    longest = run.encode_prompts(config, rows, tokenizer, [m for m in (student, teacher) if m is not None])
-    sampler = copy.deepcopy(student).to(dtype).requires_grad_(False) if half else student  # refreshed after every step
-    scorer = teacher if config.loss != "cross_entropy" else None  # cross-entropy looks at tokens only
-    autocast = functools.partial(torch.autocast, device.type, dtype=dtype, enabled=half)
-    forwards = None
+        return plan(config)
+    keep_freed_memory()
+    resume_from = find_run(config)
+    rows, test = read_prompts(config)  # before the models, which may have to be downloaded
+    pair = load_pair(config, resume_from)
+    encode_prompts(config, rows, pair)
+    student, teacher, device, half = pair.student, pair.teacher, pair.device, pair.dtype != torch.float32
+    scored = config.loss != "cross_entropy"  # which looks at tokens only
+    read_s, read_t = student, teacher
     if config.compile:
-        forwards = tuple(torch.compile(m, dynamic=True) if m is not None else None for m in (student, scorer))
-    configs = student.config, teacher.config if teacher is not None else None
-    config.micro_batch = config.micro_batch or books.choose_micro_batch(config, *configs, longest, free)
-    matrices = [p for p in student.parameters() if p.dim() > 1]
-    vectors = [p for p in student.parameters() if p.dim() <= 1]
+        read_s, read_t = (model and torch.compile(model, dynamic=True) for model in (student, teacher))
+    matrices, vectors = ([p for p in student.parameters() if (p.dim() > 1) == many] for many in (True, False))
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True,
+        lr=config.lr, betas=(0.9, config.beta2), fused=True,
     )
-    first_step, totals = 0, {"tokens_sampled": 0, "tokens_scored": 0, "tokens_trained": 0, "flop": 0.0, "seconds": 0.0}
-    growth = {"prefix_len": config.prefix_start, "smooth": None}  # see adapted_prefix
-    if resume_from is not None:
-        first_step, totals, growth = run.load_checkpoint(resume_from, student, optimizer)
-    cache = run.ResponseCache(config, stop_ids, first_step) if config.teacher_cache else None
-    room = books.room_for_slots(config, *configs, longest, process, free)
-
-    rate = books.matmul_rate(device, dtype)
-    print(f"{len(rows):,} prompts, {len(test):,} held-out; {device}, torch.mm at {rate / 1e9:,.0f} GFLOP/s")
-    books.say_memory(config, *configs, longest, process, free)
+    loss_options = {
+        "loss": config.loss, "temperature": config.temperature, "beta": config.beta, "top_k": config.top_k,
+        "vocab": pair.vocab, "stop_ids": pair.stop_ids if config.stop_class and scored else (),
+    }
+    run = Run(config, student, pair.tokenizer, pair.stop_ids, optimizer, resume_from)
+    print(f"{len(rows):,} prompts, {len(test):,} held-out; {device}")
     if teacher is not None and resume_from is None:
-        lines, warnings = preflight(
-            student, teacher, tokenizer, theirs, [row["prompt"] for row in batch_of(rows, 0, config)[:16]],
-            stop_ids=stop_ids, vocab=vocab, stop_class=config.stop_class, max_new_tokens=min(config.prefix_len, 256),
-            seed=config.seed,
-        )
-        print("\n".join(lines + [f"WARNING: {w}" for w in warnings]))
-    else:
-        print(f"first prompt as the model sees it: {tokenizer.decode(rows[0]['prompt_ids'])!r}")
+        prompts = [row["prompt"] for row in batch_of(rows, 0, config)[:16]]
+        print("\n".join(preflight(pair, prompts, config)))
+    if test and not run.evaluated() and (due(run.step, config) if run.step else config.init == "pretrained"):
+        examine(pair, test, config, run)
 
-    log = run.open_run(config, None if resume_from is None else first_step)
-
-    def judge(model: Transformer, name: str, step: int) -> str:
-        """Evaluate on held-out data, log it, and say it in a line."""
-        found, said = examine(model, teacher, name == "student", tokenizer, test, config, stop_ids, vocab)
-        for record in found:
-            log.write({"step": step, "eval": name, **record})
-        return said
-
-    if test and resume_from is None and config.init != "random":
-        if teacher is not None and config.eval_problems:
-            print(f"teacher: {judge(teacher, 'teacher', 0)}")
-        print(f"student before the first step: {judge(sampler, 'student', 0)}")
-
-    due = bool(config.eval_every and first_step and first_step % config.eval_every == 0 and first_step < config.steps)
-    if test and due and not any("eval" in r and r["step"] == first_step for r in log.records()):
-        print(f"step {first_step}: {judge(sampler, 'student', first_step)}")  # Ctrl-C came before it
-
-    def save(step: int) -> Path:
-        return run.save_checkpoint(config, student, tokenizer, stop_ids, optimizer, step, totals, growth)
-
-    def kept_state(step: int) -> str:
-        return f"the state before this step is in {save(step)}" if step else "no step had been made"
-
-    before = [r for r in log.records() if "loss" in r and "kl" in r]
-    first_kl, warned = before[0]["kl"] if before else None, ""
-    interrupted = []
-    signal.signal(
-        signal.SIGINT, lambda *_: interrupted.append(1) if not interrupted else signal.default_int_handler(*_)
-    )
-    bar = tqdm(range(first_step, config.steps), initial=first_step, total=config.steps, desc="train")
+    signal.signal(signal.SIGINT, run.interrupt)  # Ctrl-C ends the run after this step
+    bar = tqdm(range(run.step, config.steps), initial=run.step, total=config.steps, desc="train")
     for step in bar:
-        clock = {"sample": 0.0, "teacher": 0.0, "student": 0.0}
-        begin = tick(device)
-        prefix_len = planned_prefix(step, config, growth["prefix_len"])
-        generator = torch.Generator().manual_seed(config.seed + 104729 * (step + 1))
-        rollout, wrote = respond(batch_of(rows, step, config), step, prefix_len, config, sampler, teacher, tokenizer,
-                                 stop_ids, vocab, generator, cache, room)  # fmt: skip
-        clock["sample"] = tick(device) - begin
-        n = rollout.num_supervised()
-        if not n:
-            raise InputError(f"step {step + 1}: nothing to learn from, since every response ended within the "
-                             f"--teacher_prefix of {config.teacher_prefix} tokens; {kept_state(step)}. A shorter "
-                             "--teacher_prefix or a larger --batch_size would leave something")  # fmt: skip
+        start, prefix_len = now(device), prefix_len_at(step, config, run.adaptive)
 
+        # 1. sample: responses to a batch of prompts; sampling stops after prefix_len tokens
+        rollout, flop_sample = respond(batch_of(rows, step, config), step, prefix_len, config, pair)
+        n, stats, sampled = rollout.num_supervised(), [], now(device)
         try:
-            stats = train_on(rollout, student, scorer, config, vocab, stop_ids, autocast, clock, forwards)
-            start = tick(device)
+            for tokens, mask, position in rollout.micro_batches(config.micro_tokens):
+                tokens, mask = tokens.to(device), mask.to(device)  # (b, T), (b, T-1)
+
+                # 2. score: the teacher reads the same tokens
+                hidden_t = read_t(tokens[:, :-1])[mask] if scored else None  # (n, H_t)
+
+                # 3. learn: a token weighs 1 / (supervised tokens of the step), however the step is split
+                with torch.autocast(device.type, dtype=pair.dtype, enabled=half):
+                    hidden_s = read_s(tokens[:, :-1])[mask].to(pair.dtype)  # (n, H_s)
+                weights, targets = torch.full((len(hidden_s),), 1 / n, device=device), tokens[:, 1:][mask]
+                loss, row_stats = distill_loss(
+                    hidden_s, student.head, hidden_t, teacher.head if scored else None, token_weights=weights,
+                    targets=targets, **loss_options,
+                )
+                must_be_finite(row_stats["loss"], position, hidden_s, hidden_t)
+                loss.backward()
+                stats.append(row_stats | {"position": position})
             grad_norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf))
             if not math.isfinite(grad_norm):
-                broken = [k for k, p in student.named_parameters() if not torch.isfinite(p.grad).all()]
-                raise FloatingPointError("the loss is finite, but not the gradient "
-                                         + (f"of {broken[0]}, {len(broken)} in all" if broken else "norm"))  # fmt: skip
-        except (FloatingPointError, RuntimeError) as error:  # the weights are still those of the step before
-            raise run.failure_of(error, step + 1, functools.partial(kept_state, step), config) from None
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
-        optimizer.step()
+                raise FloatingPointError("the loss is finite, but the gradient is not")
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
+            optimizer.step()
+        except (FloatingPointError, RuntimeError) as error:
+            raise failure_of(error, run, config) from None
         optimizer.zero_grad(set_to_none=True)
-        if half:
-            with torch.no_grad():
-                for low, full in zip(sampler.parameters(), student.parameters()):
-                    low.copy_(full)
-        clock["student"] += tick(device) - start
-        seconds = tick(device) - begin
+        pair.decoder.refresh(student)
 
-        mean = {k: v.double().mean().item() for k, v in stats.items() if k != "position"}
-        finish = rollout.finished.double().mean().item()
-        log.write({
-            "step": step + 1, "prefix_len": prefix_len, **mean,
-            "kl_by_position": by_position(stats["kl"], stats["position"]) if "kl" in stats else {},
-            "finish": finish, "capped": 1 - finish, "response_len": rollout.lens.double().mean().item(), "tokens": n,
-            **books.account(rollout, wrote, student.config, scorer and scorer.config, config.iw_gamma > 0, clock,
-                            seconds, rate, totals),
-            "peak_memory": books.peak_memory(device), "lr": learning_rate(step, config), "grad_norm": grad_norm,
-            "update_norm": books.update_norm(optimizer), **{f"total_{k}": v for k, v in totals.items()},
-        })  # fmt: skip
-        bar.set_postfix_str(f"loss {mean['loss']:.4f}, KL/token {mean.get('kl', math.nan):.4f}, prefix_len "
-                            f"{prefix_len}, {n / seconds:,.0f} tok/s")  # fmt: skip
-        first_kl = mean.get("kl", 0.0) if first_kl is None else first_kl
-        if not warned and (warned := drift_warning(mean.get("kl", 0.0), first_kl, finish, config)):
-            bar.write(warned)
-        if config.schedule == "adaptive" and prefix_len == growth["prefix_len"]:
-            reached = (rollout.lens >= prefix_len).double().mean().item()
-            growth = adapted_prefix(growth, stats["kl"], stats["position"], reached, config)
-
-        last = step + 1 == config.steps or bool(interrupted)
-        if test and config.eval_every and (step + 1) % config.eval_every == 0 and not last:
-            bar.write(f"step {step + 1}: {judge(sampler, 'student', step + 1)}")
-        if last or (config.save_every and (step + 1) % config.save_every == 0):
-            saved = save(step + 1)
-        if last:
+        # log, evaluate, save
+        run.step += 1
+        stats = {name: torch.cat([s[name].cpu() for s in stats]) for name in stats[0]}
+        seconds = {"seconds_sample": sampled - start, "seconds_learn": now(device) - sampled}
+        flops = learning_flops(rollout, student.config, teacher.config if scored else None)
+        flops["flop_sample"] = flop_sample
+        record = record_of(run, prefix_len, rollout, stats, seconds, flops, grad_norm)
+        run.write(record | {"lr": learning_rate(step, config), "peak_memory": peak_memory(device)})
+        bar.set_postfix_str(f"loss {record['loss']:.4f}, prefix_len {prefix_len}, finished {record['finish']:.0%}, "
+                            f"{record['tokens_per_s']:,.0f} tok/s")
+        if config.schedule == "adaptive" and prefix_len == run.adaptive["prefix_len"]:
+            run.adaptive = grow(run.adaptive, stats["kl"], stats["position"], rollout.lens, config)
+        if test and due(run.step, config) and not run.interrupted:
+            examine(pair, test, config, run)
+        if run.interrupted or run.step == config.steps or (config.save_every and run.step % config.save_every == 0):
+            run.save()
+        if run.interrupted:
             break
     bar.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if first_step >= config.steps:
-        print(f"the run in {config.out_dir} has its {config.steps} steps already")
-        saved = resume_from
-    if test and not interrupted and not any("eval" in r and r["step"] >= config.steps for r in log.records()):
-        judge(sampler, "student", config.steps)
-    log.close()
-    run.summarize(log.path, saved, bool(interrupted))
+    if test and not run.interrupted and not run.evaluated():
+        examine(pair, test, config, run)
+    run.summarize(whole_flops(run, pair, rows, config) if test else None)
+
+
+def record_of(run: Run, prefix_len: int, rollout: Rollout, stats: dict, seconds: dict, flops: dict, grad_norm) -> dict:
+    """A step's record in log.jsonl (data/readme.md explains its fields); brings the run's totals up to date."""
+    n, took, flop = rollout.num_supervised(), sum(seconds.values()), sum(flops.values())
+    sampled = 0 if run.config.rollout == "data" else int(rollout.lens.sum())
+    for name, value in (("tokens_sampled", sampled), ("tokens_trained", n), ("flop", flop), ("seconds", took)):
+        run.totals[name] += value
+    return {
+        "step": run.step, "prefix_len": prefix_len,
+        **{name: x.double().mean().item() for name, x in stats.items() if name != "position"},
+        "kl_by_position": by_position(stats["kl"], stats["position"]) if "kl" in stats else {},
+        "finish": rollout.finished.double().mean().item(), "response_len": rollout.lens.double().mean().item(),
+        "tokens": n, **flops, **seconds, "tokens_per_s": n / took, "flop_per_s": flop / took, "grad_norm": grad_norm,
+        **{f"total_{name}": x for name, x in run.totals.items()},
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device on CUDA, since the last call; on Linux of the whole process; else 0."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    status = Path("/proc/self/status")
+    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 if status.exists() else 0
+
+
+def now(device: torch.device) -> float:
+    """Seconds, after all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep freed memory for the next step: asking Linux for it again takes longer than using it."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # glibc, not musl
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+
+
+def must_be_finite(losses: Tensor, position: Tensor, hidden_s: Tensor, hidden_t: Tensor | None) -> None:
+    """Raise FloatingPointError where a row's loss is not finite, naming places and causes."""
+    if not bool(torch.isfinite(losses).all()):
+        parts = {"the teacher's hidden states": hidden_t, "the student's hidden states": hidden_s}
+        broken = [name for name, x in parts.items() if x is not None and not torch.isfinite(x).all()]
+        where = position[~torch.isfinite(losses).cpu()].tolist()
+        raise FloatingPointError(f"the loss is not finite at response positions {where[:5]}; "
+                                 + (f"not finite either: {' and '.join(broken)}" if broken
+                                    else "the hidden states are finite"))
+
+
+def failure_of(error: Exception, run: Run, config: Config) -> Exception:
+    """What to raise where a step failed: where the state before it was saved, and what to do."""
+    out_of_memory = isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
+    )
+    if not out_of_memory and not isinstance(error, FloatingPointError):
+        return error
+    kept = f"the state before this step is in {run.save()}" if run.step else "no step had been made"
+    if out_of_memory:
+        return InputError(f"step {run.step + 1}: out of memory ({str(error).split('.')[0]}); {kept}. Go on with "
+                          f"--resume and a lower --micro_tokens (it was {config.micro_tokens}), or with --recompute")
+    return InputError(f"step {run.step + 1}: {error}; {kept}. Start another run from that --student with a lower --lr "
+                      "or --grad_clip, or --dtype float32")
+
+
+# --- what a step costs
+
+
+def learning_flops(rollout: Rollout, student, teacher) -> dict[str, float]:
+    """Matmul FLOP of one step's scoring and learning, of the tokens really processed, padding not counted. student and
+    teacher (None where it does not score) are configurations. What --recompute computes twice is counted once."""
+    read = rollout.prompt_lens.double() + rollout.supervised[:, 1] - 1  # up to the last supervised token, not fed back
+    tokens, pairs, heads = read.sum().item(), (read * (read + 1) / 2).sum().item(), rollout.num_supervised()
+    return {"flop_teacher": count_flops(teacher, tokens, pairs, heads) if teacher is not None else 0.0,
+            "flop_student": 3 * count_flops(student, tokens, pairs, heads)}
+
+
+def row_flops(writer: str, scored: bool, student, teacher, prompt: float, length: float, rms: float = 0) -> list[float]:
+    """FLOP of sampling, scoring and learning from one response of `length` tokens that the writer ("student", "teacher"
+    or "data") wrote; rms: its root mean square, where `length` is a mean."""
+    fed = prompt - 1 + length
+    square = (prompt - 1) ** 2 + 2 * (prompt - 1) * length + (rms or length) ** 2
+    once = {name: count_flops(model, fed, (square + fed) / 2, length) if model is not None else 0.0
+            for name, model in (("student", student), ("teacher", teacher))}
+    return [once.get(writer, 0.0), once["teacher"] * scored, 3 * once["student"]]
+
+
+def whole_flops(run: Run, pair: Pair, rows: list[dict], config: Config) -> float | None:
+    """What the run's steps would have cost on whole responses, by the lengths seen in its evaluations."""
+    seen = [r for r in run.records() if r.get("eval") == "student" and r["kind"] == "sampled"]
+    if not seen or pair.teacher is None or config.rollout != "student" or config.window != "prefix":
+        return None
+    prompt = sum(len(row["prompt_ids"]) for row in rows) / len(rows)
+    models = pair.student.config, pair.teacher.config
+    per_row = [sum(row_flops("student", config.loss != "cross_entropy", *models, prompt, r["mean_len"], r["rms_len"]))
+               for r in seen]
+    return run.step * config.batch_size * sum(per_row) / len(per_row)
+
+
+def plan(config: Config) -> None:
+    """Print parameters, memory by part and FLOP by prefix length, from the two configurations alone.
+
+    Assumed: prompts of 64 tokens, whole responses of --max_new_tokens, and the longest response in every row.
+    """
+    prompt, whole, length = 64, config.max_new_tokens, longest_response(config)
+    on_gpu = choose_device(config.device).type == "cuda"
+    size = 2 if (config.dtype or ("bfloat16" if on_gpu else "float32")) == "bfloat16" else 4
+    s, t = (load_config(checkpoint_folder(name, ("config.json",))) if name else None
+            for name in (config.student, config.teacher))
+    P, P_t = count_parameters(s), count_parameters(t) if t is not None else 0
+    V, H, D, slots = s.vocab_size, s.hidden_size, head_dim_of(s), min(config.batch_size, 256)
+    packed = 1 if on_gpu or size == 2 else 2  # a CPU's Decoder holds its matrices twice
+    # What autograd keeps of a token in a block: inputs of norms in float32, inputs of products in `size` bytes.
+    heads = s.num_attention_heads * D + s.num_key_value_heads * D
+    norms = 4 * H + (2 * heads if s.model_type == "qwen3" else 0)
+    block = 4 * norms + size * (2 * H + 2 * heads + 4 * s.intermediate_size)
+    tokens, L = max(config.micro_tokens, prompt + length), s.num_hidden_layers
+    activations = tokens * (4 * H * L + block if config.recompute else block * L)
+    chunk = min(256, tokens) * V * 4 * (9 if on_gpu else 2.5)
+    writer = t if config.rollout == "teacher" else s
+    kv = 2 * writer.num_hidden_layers * writer.num_key_value_heads * head_dim_of(writer)
+    always = {"student: float32 weights": 4 * P, "student: AdamW's moments": 8 * P,
+              "student: copy that samples": packed * size * P, "teacher": packed * size * P_t,
+              "KV cache": kv * (prompt + length) * slots * size * (config.rollout != "data")}
+    sampling = {"logits of the new tokens": slots * V * 24}
+    learning = {"gradients": 4 * P, "gradient of the head, on its way": 4 * V * H, "logits of a chunk": chunk,
+                "activations kept for backward": activations,
+                "activations passing through": tokens * size * (4 * H + 3 * s.intermediate_size)}
+    print(f"student {config.student}: {P:,} parameters" + (f"; teacher {config.teacher}: {P_t:,}" if P_t else "")
+          + f"\nassumed: prompts of {prompt} tokens, whole responses of {whole}, batch {config.batch_size}, "
+          f"micro-batches of {config.micro_tokens} tokens, {size} bytes a number in forward passes\n\nmemory, GB")
+    for part, b in (always | sampling | learning).items():
+        print(f"  {part:40}{b / 1e9:10.3f}")
+    for name, more in (("while sampling", sampling), ("while learning", learning)):
+        print(f"  {'in all, ' + name:40}{(sum(always.values()) + sum(more.values())) / 1e9:10.3f}")
+    scored, mix = config.loss != "cross_entropy", config.mix
+    by_teacher = row_flops("teacher", scored, s, t, prompt, whole)  # what --mix adds
+    full = sum(row_flops(config.rollout, scored, s, t, prompt, whole))
+    print(f"\nTFLOP a step\n  {'prefix_len':>10} {'sampling':>12} {'teacher':>12} {'student':>12} {'all':>12}  saving")
+    for L in sorted({min(config.prefix_len, whole), whole, *(whole >> k for k in range(1, 8) if whole >> k)}):
+        parts = row_flops(config.rollout, scored, s, t, prompt, L)
+        parts = [(1 - mix) * part + mix * other for part, other in zip(parts, by_teacher)]
+        shown = (f"{config.batch_size * x / 1e12:12.4g}" for x in (*parts, sum(parts)))
+        print(f"  {L:10,} {' '.join(shown)}  {full / sum(parts):5.1f}x")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
-"""What a user gives, and saying clearly when it cannot be used: flags, data files, the one error for both."""
+"""Data files, and the one error for all input that cannot be used."""
 
-import argparse
-import dataclasses
-import difflib
 import json
 import os
 import sys
@@ -32,6 +29,14 @@ def resolve(name: str, split: str, flag_name: str = "data") -> Path:
         mend = f"run python data/{path.parent.name}/prepare.py first" if maker.is_file() else "give a .jsonl file"
         raise InputError(f"--{flag_name} {name}: no file {path}; {mend}, or a data set that is there ({known})")
     return path
+
+
+def embedded_model(data: str, name: str, flag_name: str) -> str:
+    """The path of the teacher or student of an embedded data set, for a command that names no model."""
+    folder = HERE / data / name
+    if not (HERE / data).is_dir() or not folder.is_dir():
+        raise InputError(f"--{flag_name}: --data {data} has no {name} of its own; name a folder or a hub model")
+    return os.path.relpath(folder)
 
 
 def load_jsonl(path: str | Path, need: tuple[str, ...] = ("prompt", "answer")) -> list[dict]:
@@ -75,65 +80,23 @@ def read_json(path: str | Path) -> dict:
     return found
 
 
-def flag(default, help: str, group: str = ""):
-    """A field of a configuration dataclass, with its default and the sentence that --help shows. `group` opens a group
-    of flags, to which all those after it belong."""
-    return dataclasses.field(default=default, metadata={"help": help, "group": group})
-
-
-def parse_flags(cls, doc: str, argv: list[str] | None = None):
-    """An instance of the configuration dataclass `cls` from the command line: `--name value` or `--name=value`.
-
-    A bool field is a switch (`--name`, or `--name on|off`). An unknown or ill-typed flag ends the program with one
-    line and status 2, naming the nearest real flag.
-    """
-    def boolean(text: str) -> bool:
-        if text.lower() not in ("true", "false", "on", "off", "1", "0"):
-            raise ValueError(text)
-        return text.lower() in ("true", "on", "1")
-
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, exit_on_error=False,
-        usage=f"{Path(sys.argv[0]).name} [--flag value ...]",
-    )
-    fields, into = {f.name: f for f in dataclasses.fields(cls)}, parser
-    for name, f in fields.items():
-        into = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else into
-        kind = type(f.default)
-        help = f"{f.metadata['help']} ({f.default!r})"
-        if kind is bool:
-            into.add_argument(
-                f"--{name}", type=boolean, nargs="?", const=True, default=argparse.SUPPRESS, help=help, metavar="bool"
-            )
-        else:
-            into.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=help, metavar=kind.__name__)
-    try:
-        typed, unknown = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        stop(str(error).replace("argument ", ""))
-    if unknown:
-        name = unknown[0].split("=")[0].lstrip("-")
-        near = difflib.get_close_matches(name, fields, n=1)
-        stop(f"unknown flag {unknown[0].split('=')[0]}" + (f"; did you mean --{near[0]}?" if near else " (see --help)"))
-    config = cls(**vars(typed))
-    config.typed = set(vars(typed))  # what was said, and not left as it is
-    return config
-
-
 def stop(message: str) -> None:
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def run_command(main, config) -> None:
-    """Run a command's main; what the user can mend is one line and status 2, anything else a traceback. A reader that
-    has seen enough (`| head`) ends it with a line as well."""
+    """Run a command's main; what the user can mend is one line and status 2, anything else a traceback. An output pipe
+    that was closed (`| head`) ends it with a line as well."""
     try:
         main(config)
         sys.stdout.flush()  # here, where a closed pipe is caught
     except InputError as error:
         stop(str(error))
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush fails as well
-        print(f"{Path(sys.argv[0]).name}: ended, since nobody reads its output any more", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: output pipe closed", file=sys.stderr)
         raise SystemExit(1) from None

@@ -123,7 +123,7 @@ def looks_like_latex(*answers: str) -> bool:
     """Whether math-verify is worth asking, and can be without harm: mathematics on both sides, short and shallow."""
     for s in answers:
         nesting = max((s[:i].count("{") + s[:i].count("(") - s[:i].count("}") - s[:i].count(")")
-                       for i in range(len(s) + 1)), default=0)  # fmt: skip
+                       for i in range(len(s) + 1)), default=0)
         if len(s) > 150 or nesting > 8 or re.search(r"\^\{?-?\d{4,}|\d{60,}|\d!|\^[^{]*\^", s):
             return False
         if not re.search(r"[\\^_(\[,/*+=<>-]|\d", s):
@@ -133,20 +133,20 @@ def looks_like_latex(*answers: str) -> bool:
 
 def same_mathematics(a: str, b: str) -> bool:
     """math-verify's opinion, False when it has none in time. Its process starts with the first question."""
-    with Judge.lock:
-        if Judge.process is None or Judge.process.poll() is not None:
-            Judge.start()
+    with Verifier.lock:
+        if Verifier.process is None or Verifier.process.poll() is not None:
+            Verifier.start()
         try:
-            Judge.process.stdin.write(json.dumps([a, b]) + "\n")
-            Judge.process.stdin.flush()
-            return Judge.verdicts.get(timeout=SECONDS) == "True"
+            Verifier.process.stdin.write(json.dumps([a, b]) + "\n")
+            Verifier.process.stdin.flush()
+            return Verifier.verdicts.get(timeout=SECONDS) == "True"
         except (Empty, OSError):
-            Judge.timeouts += 1
-            Judge.stop()
+            Verifier.timeouts += 1
+            Verifier.stop()
             return False
 
 
-class Judge:
+class Verifier:
     """The process that math-verify runs in. One for all threads."""
 
     lock, process, verdicts = threading.Lock(), None, None
@@ -154,7 +154,7 @@ class Judge:
 
     @classmethod
     def start(cls) -> None:
-        command = [sys.executable, "-u", str(Path(__file__).resolve()), "judge"]
+        command = [sys.executable, "-u", str(Path(__file__).resolve()), "verify"]
         cls.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -177,10 +177,10 @@ class Judge:
             cls.process = None
 
 
-atexit.register(Judge.stop)
+atexit.register(Verifier.stop)
 
 
-def judge() -> None:
+def verify_pairs() -> None:
     """Reads pairs of answers, writes True or False for each."""
     from math_verify import parse, verify
 
@@ -194,5 +194,5 @@ def judge() -> None:
             print(False)
 
 
-if __name__ == "__main__" and sys.argv[1:] == ["judge"]:
-    judge()
+if __name__ == "__main__" and sys.argv[1:] == ["verify"]:
+    verify_pairs()

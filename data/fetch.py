@@ -71,7 +71,7 @@ def prepare(here: Path, splits: list[Split], source: str = "") -> None:
                 converted.append(split.convert(row))
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise InputError(f"{split.source or split.hub[0]}, row {number}: not of the published form "
-                                 f"({type(error).__name__}: {error})") from None  # fmt: skip
+                                 f"({type(error).__name__}: {error})") from None
         converted = [row for row in converted if row is not None]
         if not converted:
             raise InputError(f"{split.name}: no rows in it")

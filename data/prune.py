@@ -6,48 +6,55 @@ The layers that are left keep their weights, so the result speaks, but badly; di
 """
 
 import argparse
+import json
+import re
 import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import InputError, stop
+from data import InputError, read_json, stop
 from data.tokenizer import Tokenizer
-from model import Transformer, checkpoint_folder
 
 
-def prune(source: str, out: str, drop: set[int]) -> Transformer:
-    """Write `source` without the layers `drop` (numbered from 0) to the folder `out`, in bfloat16, and return it."""
-    folder = checkpoint_folder(source)
-    tokenizer, model = Tokenizer(folder), Transformer.from_pretrained(folder)
-    layers = model.config.num_hidden_layers
+def prune(source: str, out: str, drop: set[int]) -> int:
+    """Write the checkpoint folder `source` without the layers `drop` (numbered from 0) to `out`, in bfloat16. Returns
+    the number of layers left."""
+    folder, target = Path(source), Path(out)
+    config, tokenizer = read_json(folder / "config.json"), Tokenizer(folder)
+    layers = config["num_hidden_layers"]
     if not drop < set(range(layers)):
         raise InputError(f"--drop: expected some of the layers 0 to {layers - 1}, found {sorted(drop)}")
-    if Path(out).exists():
+    if target.exists():
         raise InputError(f"{out} exists already")
     kept = [layer for layer in range(layers) if layer not in drop]
-    model.model.layers = torch.nn.ModuleList(model.model.layers[layer] for layer in kept)
-    for index, block in enumerate(model.model.layers):
-        block.self_attn.layer = index
-    model.config.num_hidden_layers = len(kept)
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[layer] for layer in kept]
-    model.save_pretrained(out, torch.bfloat16)
-    tokenizer.save(out)
-    return model
+    place, weights = {layer: i for i, layer in enumerate(kept)}, {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            layer = re.match(r"model\.layers\.(\d+)\.", name)
+            if layer is None or int(layer[1]) in place:
+                name = f"model.layers.{place[int(layer[1])]}.{name[layer.end():]}" if layer else name
+                weights[name] = tensor.to(torch.bfloat16)
+    config |= {"num_hidden_layers": len(kept), "dtype": "bfloat16"}
+    if config.get("layer_types"):
+        config["layer_types"] = [config["layer_types"][layer] for layer in kept]
+    target.mkdir(parents=True)
+    tokenizer.save(target)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return len(kept)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="checkpoint folder or hub name")
+    parser.add_argument("source", help="checkpoint folder")
     parser.add_argument("out", help="folder to write")
     parser.add_argument("--drop", required=True, help="comma-separated numbers of the layers to remove")
     args = parser.parse_args()
     try:
-        pruned = prune(args.source, args.out, {int(n) for n in args.drop.split(",")})
+        print(f"{args.out}: {prune(args.source, args.out, {int(n) for n in args.drop.split(',')})} layers")
     except ValueError as error:  # InputError is one; so is int("x")
         stop(str(error))
-    count = sum(p.numel() for p in pruned.parameters())
-    print(f"{args.out}: {pruned.config.num_hidden_layers} layers, {count:,} parameters")

@@ -4,6 +4,7 @@ tiktoken is a byte-level BPE and nothing else, which is all that Qwen, Llama 3, 
 another kind is served by transformers, and says so. Chat templates are rendered by transformers.
 """
 
+import functools
 import json
 import re
 import shutil
@@ -128,7 +129,7 @@ class Tokenizer:
         if self.hf is None:
             from transformers import AutoTokenizer
 
-            self.hf = AutoTokenizer.from_pretrained(self.folder)
+            self.hf = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         return self.hf
 
     def find_stop_ids(self) -> tuple[tuple[int, ...], int]:
@@ -214,6 +215,7 @@ class Tokenizer:
     def chats(self) -> bool:
         return self.chat != "off" and self.chat_template() is not None
 
+    @functools.cache  # noqa: B019 (a few tokenizers a process)
     def chat_template(self) -> str | None:
         """The text of the checkpoint's default chat template."""
         file = self.folder / "chat_template.jinja"
@@ -279,8 +281,8 @@ def check_same(student: Tokenizer, teacher: Tokenizer) -> None:
 
 
 def prompted_as_trained(config, folder: Path) -> None:
-    """Give `config` the chat, system and thinking flags of the run that wrote a checkpoint, where it has its defaults:
-    a student is to be asked as it was taught."""
+    """Give `config` the chat, system and thinking flags of the run that wrote a checkpoint, where they were not given:
+    a student must be prompted as in its training."""
     file = folder / "state.json"
     trained, said = read_json(file).get("config", {}) if file.is_file() else {}, []
     for name, default in (("chat", "auto"), ("system", ""), ("thinking", "")):

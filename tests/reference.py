@@ -35,13 +35,11 @@ def dense_loss(
     targets=None,
     stop_ids=(),
     vocab=None,
-    bias_s=0.0,
-    bias_t=0.0,
 ) -> Tensor:
     """distill_loss written from the definitions, all logits at once, differentiated by autograd."""
     vocab = vocab or min(head_s.shape[0], head_t.shape[0])
-    z = (hidden_s @ head_s.T + bias_s)[:, :vocab] / temperature
-    t = (hidden_t @ head_t.T + bias_t)[:, :vocab] / temperature
+    z = (hidden_s @ head_s.T)[:, :vocab] / temperature
+    t = (hidden_t @ head_t.T)[:, :vocab] / temperature
     if len(stop_ids) > 1:  # a new vocabulary: everything else, then the class
         rest = [i for i in range(vocab) if i not in stop_ids]
         z, t = (torch.cat([x[:, rest], x[:, list(stop_ids)].logsumexp(-1, keepdim=True)], -1) for x in (z, t))

@@ -1,3 +1,5 @@
+"""Tokenizers against transformers', the embedded tasks against independent solutions, and files that cannot be used."""
+
 import itertools
 import json
 import random
@@ -13,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from data import HERE, InputError, load_jsonl
 from data.answers import is_correct
 from data.chains import other_stop, prepare
+from data.search import prepare as search
 from data.tokenizer import Tokenizer, byte_alphabet, check_same, prompted_as_trained
 from data.walk import prepare as walk
 from model import Transformer
@@ -22,21 +25,19 @@ from tests.reference import solve
 TEACHER = HERE / "chains/teacher"
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the embedded teacher to change."""
+    return shutil.copytree(TEACHER, tmp_path / "teacher")
+
+
 # --- the tokenizer
 
 TEXTS = [
-    "Dan=Hal-8\nHal=Eve+3\nEve=14\nDan?\n",
-    "Dan=Hal-8=17-8=9\n#### 9",
-    "",
-    " ",
-    "\n\n\n",
-    "  \t leading and trailing  \n ",
-    "It's 1234567 o'clock, isn't it? WE'LL see...",
-    "naïve café — ŝtrange ﬁgures ½ ٣ 三百",
-    "日本語のテキスト 한국어 العربية",
-    "👩‍👩‍👧‍👦 🏳️‍🌈 🇺🇳",
-    "\x00\x01\x7f\u200b\ufeff\U0010ffff",
-    "if x == 3:\r\n\treturn {'a': [1, 2]}  # ok\r\n",
+    "Dan=Hal-8\nHal=Eve+3\nEve=14\nDan?\n", "Dan=Hal-8=17-8=9\n#### 9", "", " ", "\n\n\n",
+    "  \t leading and trailing  \n ", "It's 1234567 o'clock, isn't it? WE'LL see...",
+    "naïve café — ŝtrange ﬁgures ½ ٣ 三百", "日本語のテキスト 한국어 العربية", "👩‍👩‍👧‍👦 🏳️‍🌈 🇺🇳",
+    "\x00\x01\x7f\u200b\ufeff\U0010ffff", "if x == 3:\r\n\treturn {'a': [1, 2]}  # ok\r\n",
     "<|im_end|> is only text here <|endoftext|>",
 ]
 
@@ -50,50 +51,40 @@ def test_ids_equal_transformers_and_decode_back():
         assert ids == reference.encode(text, add_special_tokens=False, split_special_tokens=True)
         assert tokenizer.decode(ids) == text
         assert tokenizer.encode(text, special=True) == reference.encode(text, add_special_tokens=False)
+    assert tokenizer.encode("a\ud800b") == tokenizer.encode("a?b")  # half a surrogate pair
 
 
-def test_stop_tokens_come_from_the_files(tmp_path):
+def test_stop_tokens_come_from_the_files_and_from_the_flag(folder):
     tokenizer = Tokenizer(TEACHER)
     assert tokenizer.stop_ids == (tokenizer.special["<|im_end|>"],) and tokenizer.eos_id == tokenizer.stop_ids[0]
-    shutil.copytree(TEACHER, tmp_path / "t")
-    (tmp_path / "t/generation_config.json").write_text('{"eos_token_id": [2, 0]}')
-    assert Tokenizer(tmp_path / "t").stop_ids == (0, 2) and Tokenizer(tmp_path / "t").eos_id == 2
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    assert Tokenizer(folder).stop_ids == (0, 2) and Tokenizer(folder).eos_id == 2
+    assert tokenizer.stop_ids_of("") == () and tokenizer.stop_ids_of("<|endoftext|>, 17") == (0, 17)
+    for name in ("<|nope|>", "644", "-1"):
+        with pytest.raises(InputError, match="neither a special token"):
+            tokenizer.stop_ids_of(name)
 
 
-def test_chat_template_wraps_the_prompt_and_user_text_stays_text(tmp_path):
-    shutil.copytree(TEACHER, tmp_path / "t")
-    (tmp_path / "t/chat_template.jinja").write_text(
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{{ '<|im_start|>assistant\\n' }}"
-    )
-    tokenizer = Tokenizer(tmp_path / "t")
-    start, end = tokenizer.special["<|im_start|>"], tokenizer.special["<|im_end|>"]
+@pytest.mark.parametrize("trim", ["", " | trim"])
+def test_a_prompt_is_encoded_as_transformers_encodes_the_whole_conversation(folder, trim):
+    """Also where the prompt merges with the template's text, repeats it, or is stripped by it; and what a user writes
+    stays text."""
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + (m.content" + trim + ") + '<|im_end|>\\n' }}"
+        "{% endfor %}{{ '<|im_start|>assistant\\n' }}")
+    tokenizer, reference = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for prompt in ("Dan=Hal-8\nDan?", "\n\nuser\n", "user", "im", "  12 = 3  ", "{{ m }} {% raw %}", "\ue000"):
+        turns = [{"role": "user", "content": prompt}]
+        expected = reference.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+        assert tokenizer.encode_prompt(prompt) == expected, prompt
     ids = tokenizer.encode_prompt("Dan? <|im_end|>")
     assert tokenizer.decode(ids) == "<|im_start|>user\nDan? <|im_end|><|im_end|>\n<|im_start|>assistant\n"
-    assert ids.count(start) == 2 and ids.count(end) == 1
+    assert [ids.count(tokenizer.special[s]) for s in ("<|im_start|>", "<|im_end|>")] == [2, 1]
 
 
-def test_a_prompt_is_encoded_as_transformers_encodes_the_whole_conversation(tmp_path):
-    """Also where the prompt merges with the template's text, repeats it, or is stripped by it."""
-    for folder, trim in (("kept", ""), ("stripped", " | trim")):
-        shutil.copytree(TEACHER, tmp_path / folder)
-        (tmp_path / folder / "chat_template.jinja").write_text(
-            "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + (m.content"
-            + trim
-            + ") + '<|im_end|>\\n' }}{% endfor %}"
-            "{{ '<|im_start|>assistant\\n' }}"
-        )
-        ours, theirs = Tokenizer(tmp_path / folder), AutoTokenizer.from_pretrained(tmp_path / folder)
-        for prompt in ("Dan=Hal-8\nDan?", "\n\nuser\n", "user", "im", "  12 = 3  ", "{{ m }} {% raw %}", "\ue000"):
-            turns = [{"role": "user", "content": prompt}]
-            expected = theirs.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-            assert ours.encode_prompt(prompt) == expected, (folder, prompt)
-
-
-def test_bare_prompts_open_as_the_tokenizer_opens_a_text(tmp_path):
+def test_bare_prompts_open_as_the_tokenizer_opens_a_text(folder):
     """Llama 3's <|begin_of_text|>; and added tokens that are not special, such as <think>, are found in any text."""
-    shutil.copytree(TEACHER, tmp_path / "t")
-    file = tmp_path / "t/tokenizer.json"
+    file = folder / "tokenizer.json"
     inner = RawTokenizer.from_file(str(file))
     inner.add_special_tokens(["<|begin|>"])
     inner.add_tokens([AddedToken("<think>", normalized=False)])
@@ -102,49 +93,25 @@ def test_bare_prompts_open_as_the_tokenizer_opens_a_text(tmp_path):
     for processor in (opening, processors.Sequence([processors.ByteLevel(trim_offsets=False), opening])):
         inner.post_processor = processor
         inner.save(str(file))
-        ours, theirs = Tokenizer(tmp_path / "t"), AutoTokenizer.from_pretrained(tmp_path / "t")
+        tokenizer, reference = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
         for text in ("Dan=Hal-8\nDan?", "", "a <think> b"):
-            assert ours.encode_prompt(text) == theirs(text).input_ids, text
-        assert ours.encode("Dan") == theirs("Dan", add_special_tokens=False).input_ids  # what follows a prompt
+            assert tokenizer.encode_prompt(text) == reference(text).input_ids, text
+        # what follows a prompt
+        assert tokenizer.encode("Dan") == reference("Dan", add_special_tokens=False).input_ids
     assert Tokenizer(TEACHER).bos_ids == []
 
 
-def test_half_a_surrogate_pair_is_no_crash():
-    assert Tokenizer(TEACHER).encode("a\ud800b") == Tokenizer(TEACHER).encode("a?b")
+def split(digits: str):
+    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits
+               + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
+                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
+GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 STYLES = {  # pre-tokenizers as the families' tokenizer.json have them
-    "gpt2": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-    "smollm2": pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    ),
-    "qwen2": pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(
-                Regex(
-                    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-                ),
-                "isolated",
-            ),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    ),
-    "llama3": pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(
-                Regex(
-                    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-                ),
-                "isolated",
-            ),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    ),
+    "gpt2": GPT2, "smollm2": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2]),
+    "qwen2": split(r"\p{N}"), "llama3": split(r"\p{N}{1,3}"),
 }
 
 
@@ -160,48 +127,34 @@ def test_ids_equal_transformers_in_every_familys_style(style, tmp_path):
     if style == "smollm2":  # it has no token for some bytes
         alphabet = [c for c in alphabet if byte_alphabet()[c] not in (1, 7, 0xF3, 0xF4)]
     bpe.train_from_iterator(prose + TEXTS * 3, trainers.BpeTrainer(
-        vocab_size=1500, initial_alphabet=alphabet, show_progress=False, limit_alphabet=len(alphabet)
-    ))
+        vocab_size=1500, initial_alphabet=alphabet, show_progress=False, limit_alphabet=len(alphabet)))
     bpe.add_special_tokens(["<|endoftext|>", "<|im_end|>"])
     PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>").save_pretrained(tmp_path)
-    ours, theirs = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    assert ours.encoding is not None
+    tokenizer, reference = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.encoding is not None
     rng = random.Random(0)
-    kinds = (
-        "abcABC \n\t",
-        "0123456789½٣ ",
-        "   \n\r\t\u3000\xa0",
-        "'sSdDmM tT",
-        "éèñçÅÅ\u0301\u0327",
-        "日本語한국ひら",
-        "👩\u200d💻🇺🇳🏳️",
-        ".,;:!?()[]{}<|>",
-    )
+    kinds = ("abcABC \n\t", "0123456789½٣ ", "   \n\r\t\u3000\xa0", "'sSdDmM tT", "éèñçÅÅ\u0301\u0327",
+             "日本語한국ひら", "👩\u200d💻🇺🇳🏳️", ".,;:!?()[]{}<|>")
     noise = ["".join(rng.choice(rng.choice(kinds)) for _ in range(rng.randint(1, 60))) for _ in range(400)]
-    noise += [
-        "".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(30))
-        for _ in range(50)
-    ]
+    noise += ["".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(30))
+              for _ in range(50)]
     for text in TEXTS + prose + noise:
-        ids = ours.encode(text)
-        assert ids == theirs.encode(text, add_special_tokens=False, split_special_tokens=True), repr(text)
-        if not set(text.encode()) & set(ours.unknown_bytes):
-            assert ours.decode(ids) == (unicodedata.normalize("NFC", text) if style == "qwen2" else text)
-    assert bool(ours.unknown_bytes) == (style == "smollm2")
+        ids = tokenizer.encode(text)
+        assert ids == reference.encode(text, add_special_tokens=False, split_special_tokens=True), repr(text)
+        if not set(text.encode()) & set(tokenizer.unknown_bytes):
+            assert tokenizer.decode(ids) == (unicodedata.normalize("NFC", text) if style == "qwen2" else text)
+    assert bool(tokenizer.unknown_bytes) == (style == "smollm2")
 
 
-def test_system_turn_and_thinking_switch(tmp_path):
-    shutil.copytree(TEACHER, tmp_path / "t")
-    (tmp_path / "t/chat_template.jinja").write_text(
+def test_system_turn_and_thinking_switch(folder):
+    (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
-        "{% if enable_thinking %}<think>{% endif %}"
-    )
-    spelled = {
+        "{% if enable_thinking %}<think>{% endif %}")
+    for options, text in {
         (): "[user]Dan?[assistant]", ("auto", "Be brief.", "on"): "[system]Be brief.[user]Dan?[assistant]<think>",
         ("on", "", "off"): "[user]Dan?[assistant]", ("off",): "Dan?",
-    }
-    for options, text in spelled.items():
-        tokenizer = Tokenizer(tmp_path / "t", *options)
+    }.items():
+        tokenizer = Tokenizer(folder, *options)
         assert tokenizer.decode(tokenizer.encode_prompt("Dan?")) == text
     for options, message in (
         (("on",), "--chat on: .* has no chat template"), (("auto", "", "on"), "has no such switch"),
@@ -209,14 +162,24 @@ def test_system_turn_and_thinking_switch(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             Tokenizer(TEACHER, *options)
+    (folder / "chat_template.jinja").write_text(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns here') }}{% endif %}"
+        "{{ messages[0]['content'] }}")
+    assert Tokenizer(folder).encode_prompt("Dan?\n")
+    with pytest.raises(InputError, match="its chat template cannot be used here .no system turns here"):
+        Tokenizer(folder, system="Be brief.").encode_prompt("Dan?\n")
 
 
-def test_further_stop_tokens_by_name_or_id():
-    tokenizer = Tokenizer(TEACHER)
-    assert tokenizer.stop_ids_of("") == () and tokenizer.stop_ids_of("<|endoftext|>, 17") == (0, 17)
-    for name in ("<|nope|>", "644", "-1"):
-        with pytest.raises(InputError, match="neither a special token"):
-            tokenizer.stop_ids_of(name)
+def test_a_checkpoint_is_prompted_as_it_was_trained(tmp_path, capsys):
+    trained = {"thinking": "off", "system": "Think.", "chat": "auto"}
+    (tmp_path / "state.json").write_text(json.dumps({"config": trained}))
+    config = Config()
+    config.typed = {"system"}  # --system '' was given
+    prompted_as_trained(config, tmp_path)
+    assert (config.thinking, config.system, config.chat) == ("off", "", "auto")
+    assert capsys.readouterr().out == "prompts as in its training: --thinking off\n"
+    prompted_as_trained(config, tmp_path / "none")  # a checkpoint from elsewhere
+    assert config.thinking == "off"
 
 
 def test_a_tokenizer_of_another_kind_is_served_by_transformers(tmp_path, capsys):
@@ -225,52 +188,42 @@ def test_a_tokenizer_of_another_kind_is_served_by_transformers(tmp_path, capsys)
     other.pre_tokenizer, other.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     other.add_special_tokens(["</s>"])
     PreTrainedTokenizerFast(tokenizer_object=other, eos_token="</s>").save_pretrained(tmp_path)
-    tokenizer = Tokenizer(tmp_path)
+    tokenizer, reference = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert "transformers encodes" in capsys.readouterr().out
-    reference = AutoTokenizer.from_pretrained(tmp_path)
     ids = tokenizer.encode("Dan an</s>")
     assert ids == reference.encode("Dan an</s>", add_special_tokens=False, split_special_tokens=True)
     assert tokenizer.decode(tokenizer.encode("Dan an")) == "Dan an" and tokenizer.stop_ids == (5,)
 
 
-def test_different_tokenizers_are_refused_by_the_first_id(tmp_path):
-    shutil.copytree(TEACHER, tmp_path / "t")
-    file = tmp_path / "t/tokenizer.json"
-    spec = json.loads(file.read_text())
+def test_different_tokenizers_are_refused_by_the_first_id(folder):
+    spec = json.loads((folder / "tokenizer.json").read_text())
     vocab = spec["model"]["vocab"]
     (a, i), (b, j) = ((t, k) for t, k in vocab.items() if k in (300, 301))
     vocab[a], vocab[b] = j, i
-    file.write_text(json.dumps(spec))
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
     check_same(Tokenizer(TEACHER), Tokenizer(TEACHER))
     with pytest.raises(InputError, match="id 300 is .* in .*teacher and"):
-        check_same(Tokenizer(TEACHER), Tokenizer(tmp_path / "t"))
+        check_same(Tokenizer(TEACHER), Tokenizer(folder))
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no tokenizer.json there"):
-        Tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{]")
-    with pytest.raises(InputError, match="cannot be read as JSON"):
-        Tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"model": {}}')
-    with pytest.raises(InputError, match="not a tokenizer this can read"):
-        Tokenizer(tmp_path)
+    for text, message in ((None, "no tokenizer.json there"), ("{]", "cannot be read as JSON"),
+                          ('{"model": {}}', "not a tokenizer this can read")):
+        if text:
+            (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(InputError, match=message):
+            Tokenizer(tmp_path)
 
 
-# --- the embedded task
+# --- the embedded tasks
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_every_answer_of_the_embedded_task_is_the_independent_solution(split):
-    for row in load_jsonl(HERE / f"chains/{split}.jsonl", need=("prompt", "answer", "solution")):
-        assert solve(row["prompt"]) == int(row["answer"])
-        assert is_correct(row["solution"], row["answer"])
-
-
-def test_the_committed_data_is_what_prepare_writes():
-    for split, count in (("train", 8000), ("test", 1000)):
-        rows = load_jsonl(HERE / f"chains/{split}.jsonl")
-        assert len(rows) == count and rows[:50] == prepare.make_rows(50, split, test=split == "test")
+@pytest.mark.parametrize("split, count", [("train", 8000), ("test", 1000)])
+def test_chains_are_what_prepare_writes_and_every_answer_is_the_independent_solution(split, count):
+    rows = load_jsonl(HERE / f"chains/{split}.jsonl", need=("prompt", "answer", "solution"))
+    assert len(rows) == count and rows[:50] == prepare.make_rows(50, split, test=split == "test")
+    for row in rows:
+        assert solve(row["prompt"]) == int(row["answer"]) and is_correct(row["solution"], row["answer"])
 
 
 def test_no_arithmetic_of_the_test_set_occurs_in_training():
@@ -288,17 +241,13 @@ def test_no_arithmetic_of_the_test_set_occurs_in_training():
     assert not train & test and len(test) > 500
 
 
-def test_worse_manners_are_mostly_wrong_and_the_responses_are_long():
+def test_worse_ways_to_answer_are_mostly_wrong_and_the_responses_are_long():
     tokenizer = Tokenizer(TEACHER)
-    careful = prepare.make_rows(500, "a", test=False)
-    lengths = sorted(len(tokenizer.encode(r["solution"])) + 1 for r in careful)
+    lengths = sorted(len(tokenizer.encode(r["solution"])) + 1 for r in prepare.make_rows(500, "a", test=False))
     assert sum(lengths) / 500 > 60 and lengths[449] > 100
     for mix, low, high in (((0, 1, 0), 0.3, 0.6), ((0, 0, 1), 0.05, 0.3)):
         rows = prepare.make_rows(500, "a", test=False, mix=mix)
         assert low < sum(is_correct(r["solution"], r["answer"]) for r in rows) / 500 < high
-
-
-# --- walks, the second task
 
 
 def follow(prompt: str) -> list[str]:
@@ -318,19 +267,18 @@ def follow(prompt: str) -> list[str]:
 def test_a_walk_is_what_its_prompt_says():
     rows = walk.make_rows(300, "x", False, (1.0, 0.0, 0.0), slip=0.0)
     for row in rows:
-        assert row["solution"].split("\n") == follow(row["prompt"])
-        assert is_correct(row["solution"], row["answer"])
+        assert row["solution"].split("\n") == follow(row["prompt"]) and is_correct(row["solution"], row["answer"])
     lines = [len(follow(row["prompt"])) - 1 for row in rows]
     assert {4, 24} <= set(lines) <= set(range(4, 25)) and 12 < sum(lines) / 300 < 16
-    test = walk.make_rows(300, "x", True, (1.0, 0.0, 0.0), slip=0.0)
+    assert rows[:20] == walk.make_rows(20, "x", False, (1.0, 0.0, 0.0), slip=0.0)
 
     def arithmetic(row: dict) -> tuple:
         lines = follow(row["prompt"])[:-1]
         return row["prompt"].split()[-1], lines[0].split("=")[2][:-2], *(line.split("=")[1][3:] for line in lines)
 
+    test = walk.make_rows(300, "x", True, (1.0, 0.0, 0.0), slip=0.0)
     more = walk.make_rows(4000, "y", False, (1.0, 0.0, 0.0), slip=0.0)  # short walks come again under other names
     assert not set(map(arithmetic, more)) & set(map(arithmetic, test)) and len(set(map(arithmetic, more))) < 4000
-    assert rows[:20] == walk.make_rows(20, "x", False, (1.0, 0.0, 0.0), slip=0.0)
 
 
 def test_a_careful_walker_mends_every_slip_and_the_others_none():
@@ -339,8 +287,7 @@ def test_a_careful_walker_mends_every_slip_and_the_others_none():
         at = max(total.rfind("+"), total.rfind("-"))
         return int(total[:at]) + int(total[at:]) != int(result)
 
-    careful = walk.make_rows(300, "y", False, (1.0, 0.0, 0.0), slip=0.1)
-    slips = 0
+    careful, slips = walk.make_rows(300, "y", False, (1.0, 0.0, 0.0), slip=0.1), 0
     for row in careful:
         lines = row["solution"].split("\n")
         for line, after in itertools.pairwise(lines[:-1]):
@@ -355,62 +302,54 @@ def test_a_careful_walker_mends_every_slip_and_the_others_none():
     assert sum(is_correct(r["solution"], r["answer"]) for r in hasty) < 100
 
 
-def test_a_template_that_refuses_is_reported(tmp_path):
-    shutil.copytree(HERE / "chains/student", tmp_path / "c")
-    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns here') }}{% endif %}"
-    (tmp_path / "c/chat_template.jinja").write_text(template + "{{ messages[0]['content'] }}")
-    assert Tokenizer(tmp_path / "c").encode_prompt("Dan?\n")
-    with pytest.raises(InputError, match="its chat template cannot be used here .no system turns here"):
-        Tokenizer(tmp_path / "c", system="Be brief.").encode_prompt("Dan?\n")
+@pytest.mark.parametrize("split, count", [("train", 4000), ("test", 500)])
+def test_every_search_has_one_solution_and_no_test_problem_is_in_training(split, count):
+    rows = load_jsonl(HERE / f"search/{split}.jsonl")
+    assert len(rows) == len({row["prompt"] for row in rows}) == count
+    for row in rows[:300]:
+        *numbers, target = (int(x.lstrip("=")) for x in row["prompt"].strip().split(","))
+        subsets = [s for n in range(len(numbers) + 1) for s in itertools.combinations(numbers, n) if sum(s) == target]
+        found = " ".join(f"{'abcdefghi'[d]}{x}" for d, x in enumerate(subsets[0]))
+        assert len(subsets) == 1 and row["answer"] == found and search.is_test(numbers, target) == (split == "test")
+        assert is_correct(f"=1\n#### {found}", row["answer"]) and not is_correct("#### ?", row["answer"])
 
 
-# --- data files and answers
+def test_a_search_tries_rejects_and_goes_back():
+    problem = {"numbers": [9, 8, 5, 4], "target": 13}  # two solutions: the search ends with the first
+    assert search.prompt_text(problem) == "9,8,5,4,=13\n"
+    text, answer = search.write_search({**problem, "target": 12}, random.Random(0))
+    assert text.split("\n") == [
+        "=12 a9=3 + b8", "=12 a9=3 b8=x > b5", "=12 a9=3 b5=x > b4", "=12 a9=3 b4=x < a8", "=12 a8=4 + b5",
+        "=12 a8=4 b5=x > b4", "=12 a8=4 b4=0", "#### a8 b4"]
+    assert answer == "a8 b4" and search.write_search(problem, random.Random(0))[1] == "a9 b4"
+    faulty = search.make_rows(50, "x", lengths={(100, 400): 100}, count=(5, 7), faults=search.FAULTS)
+    assert sum(is_correct(r["solution"], r["answer"]) for r in faulty) < 25
+
+
+def test_the_student_with_another_stop_is_the_same_but_for_that(tmp_path):
+    other_stop.main(tmp_path / "out", 0.5)
+    other, student = (Transformer.from_pretrained(f) for f in (tmp_path / "out", HERE / "chains/student"))
+    assert Tokenizer(tmp_path / "out").stop_ids == (0,) and Tokenizer(HERE / "chains/student").stop_ids == (2,)
+    tokens = torch.randint(3, 600, (1, 30), generator=torch.Generator().manual_seed(0))
+    a, b = (m(tokens)[0] @ m.head.T for m in (other, student))
+    assert torch.allclose(a[:, 3:], b[:, 3:]) and torch.allclose(a[:, 0], b[:, 2] / 2, atol=1e-5)
+    assert torch.allclose(a[:, 2], b[:, 0], atol=1e-5)
+
+
+# --- data files
 
 
 @pytest.mark.parametrize("line, message", [
     ('{"prompt": "a"', "line 2: not JSON"), ("[1]", "line 2: expected an object, found list"),
     ('{"prompt": "a"}', 'line 2: expected a string field "answer", found only prompt'),
     ('{"prompt": "a", "answer": 3}', 'line 2: expected a string field "answer", found int'),
+    (b"\xff\xfe", "not UTF-8 text"), ("", ""),
 ])
-def test_malformed_lines_are_named(tmp_path, line, message):
-    (tmp_path / "x.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' + line + "\n")
-    with pytest.raises(InputError, match=message):
+def test_malformed_files_are_named(tmp_path, line, message):
+    first = b'{"prompt": "a\xe2\x80\xa8b\xc2\x85c", "answer": "b"}\n'  # line separators inside a string do not split it
+    (tmp_path / "x.jsonl").write_bytes(first + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    if not message:
+        assert load_jsonl(tmp_path / "x.jsonl") == [{"prompt": "a\u2028b\x85c", "answer": "b"}]
+        (tmp_path / "x.jsonl").write_text("\n")
+    with pytest.raises(InputError, match=message or "no rows"):
         load_jsonl(tmp_path / "x.jsonl")
-
-
-def test_unreadable_files_are_named(tmp_path):
-    (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match="not UTF-8 text"):
-        load_jsonl(tmp_path / "x.jsonl")
-    (tmp_path / "x.jsonl").write_text("\n")
-    with pytest.raises(InputError, match="no rows"):
-        load_jsonl(tmp_path / "x.jsonl")
-
-
-def test_line_separators_inside_a_string_do_not_split_it(tmp_path):
-    (tmp_path / "x.jsonl").write_text(
-        json.dumps({"prompt": "a\u2028b\x85c", "answer": ""}, ensure_ascii=False), encoding="utf-8"
-    )
-    assert load_jsonl(tmp_path / "x.jsonl")[0]["prompt"] == "a\u2028b\x85c"
-
-
-def test_a_checkpoint_is_asked_as_it_was_taught(tmp_path, capsys):
-    trained = {"thinking": "off", "system": "Think.", "chat": "auto"}
-    (tmp_path / "state.json").write_text(json.dumps({"config": trained}))
-    config = Config()
-    config.typed = {"system"}  # --system '' was said
-    prompted_as_trained(config, tmp_path)
-    assert (config.thinking, config.system, config.chat) == ("off", "", "auto")
-    assert capsys.readouterr().out == "prompts as in its training: --thinking off\n"
-    prompted_as_trained(config, tmp_path / "none")  # a checkpoint from elsewhere
-    assert config.thinking == "off"
-
-
-def test_the_student_with_another_stop_is_the_same_but_for_that(tmp_path):
-    other_stop.main(tmp_path / "out", 0.5)
-    mine, theirs = (Transformer.from_pretrained(f) for f in (tmp_path / "out", HERE / "chains/student"))
-    assert Tokenizer(tmp_path / "out").stop_ids == (0,) and Tokenizer(HERE / "chains/student").stop_ids == (2,)
-    tokens = torch.randint(3, 600, (1, 30), generator=torch.Generator().manual_seed(0))
-    a, b = (m(tokens)[0] @ m.head.T for m in (mine, theirs))
-    assert torch.allclose(a[:, 3:], b[:, 3:]) and torch.allclose(a[:, 0], b[:, 2] / 2, atol=1e-5)
-    assert torch.allclose(a[:, 2], b[:, 0], atol=1e-5)

@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import loss as loss_file
-from loss import LOSSES, ROOM, distill_loss, even_chunks, sizes
+from loss import LOSSES, distill_loss
 from tests.reference import dense_loss
 
 
@@ -30,7 +29,7 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         known = {x.untyped_storage()._cdata for x in torch.utils._pytree.tree_leaves((args, kwargs))
-                 if isinstance(x, torch.Tensor)}  # fmt: skip
+                 if isinstance(x, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for x in torch.utils._pytree.tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in known | self.seen:
@@ -54,8 +53,6 @@ def test_values_and_gradients_equal_dense_autograd(loss, stop_ids, scale, chunk_
     hidden_s, head_s, hidden_t, head_t, targets, weights = make(scale=scale)
     targets[:3] = torch.tensor([3, 7, 9])
     weights[4:6] = 0
-    g = torch.Generator().manual_seed(1)
-    bias_s = torch.randn(23, generator=g, dtype=torch.float64).requires_grad_()
     options = {
         "loss": loss,
         "token_weights": weights,
@@ -66,45 +63,15 @@ def test_values_and_gradients_equal_dense_autograd(loss, stop_ids, scale, chunk_
         "targets": targets,
         "stop_ids": stop_ids,
         "vocab": 19,
-        "bias_s": bias_s,
-        "bias_t": torch.randn(20, generator=g, dtype=torch.float64),
     }
     expected = dense_loss(hidden_s, head_s, hidden_t, head_t, **options)
     found, stats = distill_loss(hidden_s, head_s, hidden_t, head_t, chunk_rows=chunk_rows, **options)
     assert torch.allclose(found, expected, rtol=1e-12)
-    inputs = (hidden_s, head_s, bias_s)
+    inputs = (hidden_s, head_s)
     for a, b in zip(torch.autograd.grad(3 * found, inputs), torch.autograd.grad(3 * expected, inputs)):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-10 * scale)
     assert torch.allclose((stats["loss"] * weights).sum(), expected, rtol=1e-12)
     assert all(len(value) == 11 and not value.requires_grad for value in stats.values())
-
-
-class Repeatable(torch.autograd.Function):
-    """distill_loss gives its gradient away at the first backward; gradcheck wants it several times."""
-
-    @staticmethod
-    def forward(ctx, function, *inputs):
-        ctx.function = function
-        ctx.save_for_backward(*inputs)
-        return function(*inputs).detach()
-
-    @staticmethod
-    def backward(ctx, grad):
-        with torch.enable_grad():
-            inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-            return None, *torch.autograd.grad(ctx.function(*inputs), inputs, grad)
-
-
-@pytest.mark.parametrize("loss", [x for x in LOSSES if x != "sampled_kl"])  # that one is a surrogate: see its average
-def test_gradcheck(loss):
-    hidden_s, head_s, hidden_t, head_t, targets, weights = make(n=3, v=7, h=3, v_t=7)
-    bias = torch.linspace(-1, 1, 7, dtype=torch.float64).requires_grad_()
-
-    def value(h, w, b):
-        options = {"targets": targets % 7, "stop_ids": (1, 4), "top_k": 2, "bias_s": b}
-        return distill_loss(h, w, hidden_t, head_t, loss=loss, token_weights=weights[:3], **options)[0]
-
-    assert torch.autograd.gradcheck(lambda *x: Repeatable.apply(value, *x), (hidden_s, head_s, bias))
 
 
 def on_a_grid(kind: str, v: int = 301, h: int = 16, n: int = 13, seed: int = 0):
@@ -132,7 +99,7 @@ def in_fifty_digits(hidden_s, head_s, hidden_t, head_t, targets, loss, beta, top
     mpmath.mp.dps, beta = 50, mpmath.mpf(beta)
     values, gradients = [], []
     for z, t, y in zip((hidden_s.double() @ head_s.double().T).tolist(),
-                       (hidden_t.double() @ head_t.double().T).tolist(), targets.tolist()):  # fmt: skip
+                       (hidden_t.double() @ head_t.double().T).tolist(), targets.tolist()):
         p, q = ([mpmath.exp(x) for x in row] for row in (z, t))
         Z, Y = mpmath.fsum(p), mpmath.fsum(q)
         p, q = [x / Z for x in p], [x / Y for x in q]
@@ -173,9 +140,10 @@ def test_float32_and_bfloat16_against_fifty_digits(loss, kind):
             values, dz = in_fifty_digits(hidden_s, head_s, hidden_t, head_t, targets, loss, beta=0.3, top_k=20)
         hidden_s.requires_grad_(), head_s.requires_grad_()
         found, stats = distill_loss(hidden_s, head_s, hidden_t, head_t, **options)
-        error = (stats["loss"].double() - values).abs()
-        assert error.norm() < tolerance * values.norm() and (error <= 10 * tolerance * values.abs()).all()
-        assert stats["kl"].min() > -1e-9 and (stats["loss"].min() >= 0 or loss == "sampled_kl")
+        error = (stats["loss"].double() - values).abs()  # below 1e-8 nats a value is rounding; gradients are not
+        assert (error <= tolerance * values.norm() / len(values) ** 0.5 + 1e-8).all()
+        assert (error <= 10 * tolerance * values.abs() + 1e-8).all()
+        assert stats["kl"].min() >= 0 and (stats["loss"].min() >= 0 or loss == "sampled_kl")
         expected = (dz @ head_s.detach().double() / len(dz), dz.T @ hidden_s.detach().double() / len(dz))
         for a, b in zip(torch.autograd.grad(found, (hidden_s, head_s)), expected):
             assert (a.double() - b).norm() < tolerance * b.norm()
@@ -207,45 +175,6 @@ def test_random_float32(loss):
         assert (a.double() - b).norm() < 1e-5 * b.norm()
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-@pytest.mark.parametrize("vocab", [19, None])  # with padding, which dW by oneDNN has no place for, and without
-@pytest.mark.parametrize("chunk_rows", [4, 100])
-def test_either_library_gives_the_same(chunk_rows, vocab, monkeypatch):
-    """On AMD's processors oneDNN forms logits and the first dW, elsewhere what torch is built with; and exp is exp2."""
-    hidden_s, head_s, hidden_t, head_t, _, weights = make(dtype=torch.float32)
-    bias = torch.linspace(-1, 1, 23).requires_grad_()
-    found = []
-    for amd in (True, False):
-        monkeypatch.setattr(loss_file, "AMD", amd)
-        assert loss_file.by_onednn(hidden_s, head_s) == amd
-        value, stats = distill_loss(hidden_s, head_s, hidden_t, head_t, token_weights=weights, bias_s=bias, vocab=vocab,
-                                    temperature=0.7, chunk_rows=chunk_rows)  # fmt: skip
-        found.append((value, stats["kl"], *torch.autograd.grad(value, (hidden_s, head_s, bias))))
-    for a, b in zip(*found):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_vocabulary_of_many_tiles(loss, threads, monkeypatch):
-    """Tiles of a few entries, added up in parts by threads, and a short last one; rows close to the teacher and not."""
-    monkeypatch.setattr(loss_file, "sizes", lambda device_type: (2**28, 100))
-    hidden_s, head_s, hidden_t, head_t, targets, weights = make(v=151, v_t=151, h_t=6)
-    hidden_t[:6], head_t = hidden_s[:6].detach() + 1e-4 * hidden_t[:6], head_s.detach()
-    options = {"loss": loss, "targets": targets, "stop_ids": (3, 150), "token_weights": weights, "top_k": 9}
-    expected = dense_loss(hidden_s, head_s, hidden_t, head_t, **options)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        found, stats = distill_loss(hidden_s, head_s, hidden_t, head_t, **options)
-    finally:
-        torch.set_num_threads(before)
-    assert torch.allclose(found, expected, rtol=1e-10)
-    assert torch.allclose((stats["loss"] * weights).sum(), expected, rtol=1e-10)
-    for a, b in zip(torch.autograd.grad(found, (hidden_s, head_s)), torch.autograd.grad(expected, (hidden_s, head_s))):
-        assert torch.allclose(a, b, rtol=1e-7, atol=1e-12)
-
-
 def test_top_k_of_everything_is_the_reverse_kl_and_less_is_a_lower_bound():
     hidden_s, head_s, hidden_t, head_t, *_ = make(v=20)
     whole, _ = distill_loss(hidden_s, head_s, hidden_t, head_t)
@@ -275,28 +204,21 @@ def test_only_what_needs_a_gradient_gets_one():
     assert torch.equal(alone, whole[1])
 
 
-def test_memory_stays_in_the_budget(monkeypatch):
-    """Counted: every byte that is alive at once beyond inputs, gradients and statistics."""
-    n, v, budget = 700, 4000, 6 * 2**20  # all logits at once: 2 x 11 MB
-    monkeypatch.setattr("loss.sizes", lambda device_type: (2**28, 2**14))
-    g = torch.Generator().manual_seed(0)
-    hidden_s, head_s = torch.randn(n, 8, generator=g).requires_grad_(), torch.randn(v, 8, generator=g).requires_grad_()
-    for loss in LOSSES:
-        with Allocations() as allocations:
-            total, _ = distill_loss(hidden_s, head_s, hidden_s.detach(), head_s.detach(), loss=loss,
-                                    targets=torch.zeros(n).long(), memory_budget=budget)  # fmt: skip
-            total.backward()
-        kept = 4 * (hidden_s.numel() + head_s.numel())
-        assert allocations.peak - kept < budget, (loss, allocations.peak - kept)
-        assert allocations.peak > budget / 2, "the budget is there to be used"
-        hidden_s.grad = head_s.grad = None
-
-
-@pytest.mark.parametrize("device, least", [("cpu", 128), ("cuda", 500)])
-def test_chunks_of_a_large_vocabulary_are_worth_a_pass_over_the_head(device, least):
-    """What is set aside for elementwise work must not eat the budget: chunks of one row would be right, and useless."""
-    budget, tile = sizes(device)
-    assert even_chunks(65_536, (budget - ROOM * tile * 4) // (2 * 151_936 * 4)) >= least
+def test_memory_is_that_of_a_chunk_whatever_the_number_of_rows():
+    """Counted: every byte that is alive at once beyond inputs and gradients."""
+    v, chunk_rows, peaks = 4000, 64, []
+    head_s = torch.randn(v, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for n in (256, 1024):
+        hidden_s = torch.randn(n, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        for loss in LOSSES:
+            with Allocations() as allocations:
+                total, _ = distill_loss(hidden_s, head_s, hidden_s.detach(), head_s.detach(), loss=loss,
+                                        targets=torch.zeros(n).long(), chunk_rows=chunk_rows)
+                total.backward()
+            kept = 4 * (hidden_s.numel() + head_s.numel()) + 20 * 4 * n  # gradients, statistics
+            peaks.append(allocations.peak - kept)
+            assert peaks[-1] < 4 * 4 * chunk_rows * v, (loss, n, peaks[-1])  # four (chunk, V) buffers in float32
+            hidden_s.grad = head_s.grad = None
 
 
 def test_statistics_are_what_their_names_say():

@@ -1,26 +1,18 @@
 import math
-import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from model import Decoder, KVCache, Transformer
-from sample import draw, generate, slot_bytes, slots_for
+from data import InputError
+from model import Transformer
+from sample import Decoder, KVCache, Rollout, generate, sample_token, shorten
 from tests.reference import full_recompute, live
 from tests.test_model import FAMILIES
 
 CONFIG = Qwen3Config(
-    vocab_size=40,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=256,
-    initializer_range=0.3,
-    tie_word_embeddings=True,
+    vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=256, tie_word_embeddings=True,
     rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
 )
 
@@ -30,35 +22,34 @@ def model():
     return live(CONFIG, seed=0).double()
 
 
+@pytest.fixture(scope="module")
+def decoder(model):
+    return Decoder(model)
+
+
 def ragged_prompts(n: int, seed: int = 0, longest: int = 12) -> list[list[int]]:
     g = torch.Generator().manual_seed(seed)
-    return [
-        torch.randint(0, 40, (int(torch.randint(1, longest, (1,), generator=g)),), generator=g).tolist()
-        for _ in range(n)
-    ]
+    return [torch.randint(0, 40, (int(torch.randint(1, longest, (1,), generator=g)),), generator=g).tolist()
+            for _ in range(n)]
 
 
-def naive(model, prompts, cap, stop_ids, temperature=1.0, seed=5, forced=None) -> list[list[int]]:
+def naive(model, prompts, cap, stop_ids, temperature=1.0, seeds=None) -> list[list[int]]:
     """The same rows by recomputing everything for every token, one at a time, under the same noise."""
-    seeds = torch.randint(2**63 - 1, (len(prompts),), generator=torch.Generator().manual_seed(seed)).tolist()
     responses = []
     for i, prompt in enumerate(prompts):
-        noise = torch.rand(cap, generator=torch.Generator().manual_seed(seeds[i]), dtype=torch.float64)
-        start = [] if forced is None else forced[i]
+        seed = seeds[i] if seeds else i
+        noise = torch.rand(cap, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
-        def choose(logits, step, noise=noise, start=start):
+        def choose(logits, step, noise=noise):
             if temperature == 0:
                 return int(logits.argmax())
-            p = (logits / temperature).softmax(-1)
-            return int((p.cumsum(-1) <= noise[len(start) + step]).sum())
+            return int(((logits / temperature).softmax(-1).cumsum(-1) <= noise[step]).sum())
 
-        done = len(start) >= cap or (start and start[-1] in stop_ids)
-        rest = [] if done else full_recompute(model, prompt + start, cap - len(start), stop_ids, choose)
-        responses.append(start + rest)
+        responses.append(full_recompute(model, prompt, cap, stop_ids, choose))
     return responses
 
 
-def check(rollout, prompts, cap, stop_ids, expected):
+def check(rollout, prompts, stop_ids, expected):
     for i, (prompt, response) in enumerate(zip(prompts, expected)):
         assert rollout.response(i) == response, i
         assert bool(rollout.finished[i]) == (response[-1] in stop_ids)
@@ -66,88 +57,147 @@ def check(rollout, prompts, cap, stop_ids, expected):
         assert not rollout.tokens[i, len(prompt) + len(response) :].any()
 
 
-@pytest.mark.parametrize(
-    "stop_ids", [(), (3,), (3, 11, 17, 22, 30)]
-)  # ends never, sometimes, soon: rows leave the batch
+# --- the decoder
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.float32, 2e-4)])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_decoder_computes_what_the_transformer_does(family, rows, dtype, atol):
+    """Prefill of ragged prompts into slots of a larger cache, then six steps, against the forward of whole rows."""
+    model = live(FAMILIES[family], seed=3).to(dtype).requires_grad_(False)
+    decoder = Decoder(model, vocab=90)
+    g = torch.Generator().manual_seed(rows)
+    tokens, lens = torch.randint(97, (rows, 15), generator=g), torch.randint(1, 10, (rows,), generator=g)
+    full = model(tokens)  # row i: lens[i] tokens of prompt, then six more
+    cache, slots = KVCache(model.config, rows + 2, 20, "cpu", dtype), torch.randperm(rows + 2, generator=g)[:rows]
+    cache.kv.fill_(math.nan)  # what nobody has written must not be seen
+    cache.kv[:, :, :, 15:] = 0
+    prefilled = decoder.prefill(tokens[:, :9], cache, slots)
+    assert torch.allclose(prefilled, full[:, :9], rtol=0, atol=atol) and prefilled.dtype == dtype
+    assert torch.allclose(decoder(tokens), full, rtol=0, atol=atol)
+    cache.kv = torch.where(cache.kv.isnan(), 0.0, cache.kv)
+    for step in range(6):
+        at = torch.zeros(rows + 2, dtype=torch.long)
+        at[slots] = lens + step
+        new = torch.zeros(rows + 2, dtype=torch.long)
+        new[slots] = tokens[torch.arange(rows), lens + step]
+        found = decoder.step(new, at, cache, int(at.max()) + 1 + step % 2)[slots]
+        expected = full[torch.arange(rows), lens + step]
+        assert torch.allclose(found, expected, rtol=0, atol=atol)
+        assert torch.allclose(decoder.logits(found), expected @ model.head[:90].T, rtol=0, atol=10 * atol)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_refreshed_weights_are_a_new_decoders_at_the_old_addresses(tied):
+    model = live(Qwen3Config(**{**CONFIG.to_dict(), "tie_word_embeddings": tied}), seed=0)
+    decoder = Decoder(model, torch.float64)
+    before = [w.data_ptr() for group in decoder.weights for w in group.values()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    (model(torch.arange(12).view(2, 6)) @ model.head.T).square().sum().backward()
+    optimizer.step()
+    decoder.refresh(model)
+    assert [w.data_ptr() for group in decoder.weights for w in group.values()] == before
+    tokens = torch.randint(0, 40, (3, 9))
+    assert torch.equal(decoder(tokens), Decoder(model, torch.float64)(tokens))
+    assert torch.allclose(decoder(tokens), model.double()(tokens), atol=1e-12)
+
+
+def test_packed_matrices_give_the_same_tokens():
+    """oneDNN's layout, which only large float32 matrices get, against the plain product."""
+    config = Qwen3Config(**{**CONFIG.to_dict(), "hidden_size": 256, "intermediate_size": 1024, "vocab_size": 1200})
+    packed, plain = (Decoder(live(config, seed=0)) for _ in range(2))
+    for group in plain.weights:
+        for name in [n for n in group if n.endswith("_packed")]:
+            del group[name]
+    if not any(n.endswith("_packed") for group in packed.weights for n in group):
+        pytest.skip("only on x86 with oneDNN")
+    rollouts = [generate(d, ragged_prompts(6), 20, ()) for d in (packed, plain)]
+    assert torch.equal(rollouts[0].tokens, rollouts[1].tokens)
+
+
+def test_one_cache_serves_the_run(decoder):
+    generate(decoder, ragged_prompts(6), 40, (), slots=4)
+    kv = decoder.cache.kv
+    assert kv.shape[1] >= 4 and kv.shape[3] % 64 == 0
+    generate(decoder, ragged_prompts(4), 30, ())
+    assert decoder.cache.kv is kv
+    generate(decoder, ragged_prompts(9), 30, (), slots=9)
+    assert decoder.cache.kv.shape[1] == 9 and decoder.cache.kv.shape[3] == kv.shape[3]
+
+
+# --- sampling
+
+
+@pytest.mark.parametrize("stop_ids", [(), (3,), (3, 11, 17, 22, 30)])  # rows end never, sometimes, soon
 @pytest.mark.parametrize("cap", [1, 5, 60])
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.6])
-def test_equals_the_full_recompute_sampler_under_the_same_noise(model, stop_ids, cap, temperature):
+def test_equals_the_full_recompute_sampler_under_the_same_noise(model, decoder, stop_ids, cap, temperature):
     prompts = ragged_prompts(9)
     expected = naive(model, prompts, cap, stop_ids, temperature)
     for slots in (None, 4, 1):
-        rollout = generate(
-            model, prompts, cap, stop_ids, temperature, generator=torch.Generator().manual_seed(5), slots=slots
-        )
-        check(rollout, prompts, cap, stop_ids, expected)
+        check(generate(decoder, prompts, cap, stop_ids, temperature, slots=slots), prompts, stop_ids, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_samples_as_it_recomputes(family):
-    model = live(FAMILIES[family], seed=1).double()
-    prompts = ragged_prompts(5, seed=3)
-    rollout = generate(model, prompts, 12, (3, 9), generator=torch.Generator().manual_seed(5), slots=2)
-    check(rollout, prompts, 12, (3, 9), naive(model, prompts, 12, (3, 9)))
+    model, prompts = live(FAMILIES[family], seed=1).double(), ragged_prompts(5, seed=3)
+    check(generate(Decoder(model), prompts, 12, (3, 9), slots=2), prompts, (3, 9), naive(model, prompts, 12, (3, 9)))
 
 
-@pytest.mark.parametrize("look_every", [1, 3, 16])
-def test_rows_end_and_enter_at_every_possible_moment(model, look_every, monkeypatch):
-    """Lengths are scripted: each row draws its stop at a random step, so refills and moves happen in random order. What
-    a row says is a function of all it has heard, so one wrong key in the cache would show."""
-    monkeypatch.setattr("sample.LOOK_EVERY", {"cpu": look_every})
-    g = torch.Generator().manual_seed(look_every)
-    for trial in range(12):
-        n, cap = int(torch.randint(1, 14, (), generator=g)), int(torch.randint(1, 20, (), generator=g))
-        prompts = ragged_prompts(n, seed=100 + trial)
-        forced = [torch.randint(0, 40, (int(torch.randint(0, 6, (), generator=g)),), generator=g).tolist()
-                  for _ in range(n)]  # fmt: skip
-        stop_ids = tuple(range(int(torch.randint(0, 12, (), generator=g))))
-        slots = int(torch.randint(1, n + 2, (), generator=g))
-        rollout = generate(
-            model, prompts, cap, stop_ids, generator=torch.Generator().manual_seed(5), slots=slots, forced=forced
-        )
-        check(rollout, prompts, cap, stop_ids, naive(model, prompts, cap, stop_ids, forced=forced))
-        assert rollout.forced_lens.tolist() == [len(f) for f in forced]
-        assert all(not rollout.logprobs[i, : rollout.forced_lens[i]].any() for i in range(n))
+def test_rows_end_and_enter_at_every_possible_moment(model, decoder):
+    """Random numbers of rows, slots and stop tokens, so that refills and moves happen in random order. What a row
+    samples is a function of all its tokens, so one wrong key in the cache would show."""
+    g = torch.Generator().manual_seed(0)
+    for trial in range(25):
+        n, cap, slots = (int(torch.randint(1, most, (), generator=g)) for most in (14, 20, 15))
+        prompts, stop_ids = ragged_prompts(n, seed=100 + trial), tuple(range(int(torch.randint(12, (), generator=g))))
+        rollout = generate(decoder, prompts, cap, stop_ids, slots=slots)
+        check(rollout, prompts, stop_ids, naive(model, prompts, cap, stop_ids))
 
 
-def test_several_samples_share_one_reading_of_the_prompt(model):
-    prompts = ragged_prompts(3, seed=8)
-    rollout = generate(model, prompts, 10, (), num_samples=4, generator=torch.Generator().manual_seed(5))
-    repeated = [p for p in prompts for _ in range(4)]
-    check(rollout, repeated, 10, (), naive(model, repeated, 10, ()))
-    assert rollout.prefilled == sum(map(len, prompts)) and rollout.decoded == 12 * 9
+def test_no_token_beyond_the_cap_is_computed(decoder, monkeypatch):
+    """Every decode step writes at a position below prompt + cap - 1: the last token is never fed back."""
+    seen, step = [], Decoder.step
+    monkeypatch.setattr(Decoder, "step", lambda self, tokens, positions, *rest: seen.append(positions.clone())
+                        or step(self, tokens, positions, *rest))
+    prompts = [[1, 2, 3]] * 5
+    rollout = generate(decoder, prompts, 7, (), slots=2)
+    assert torch.cat(seen).max() == 3 + 7 - 2 and rollout.lens.tolist() == [7] * 5
+    assert rollout.decoded == 5 * 6
+    seen.clear()
+    generate(decoder, prompts, 1, ())
+    assert not seen
 
 
-def test_a_rows_noise_is_its_own(model):
-    """Not a matter of who else is there, of the slots, or of the cap; and a row can be drawn again alone."""
+def test_a_rows_noise_is_its_own(decoder):
+    """It depends on no other row, nor on the slots or the cap; and a row can be sampled again alone."""
     prompts, seeds = ragged_prompts(6, seed=2), [11, 22, 33, 44, 55, 66]
-    together = generate(model, prompts, 30, (5, 6), seeds=seeds)
+    together = generate(decoder, prompts, 30, (5, 6), seeds=seeds)
     for i in (0, 3, 5):
-        assert generate(model, [prompts[i]], 30, (5, 6), seeds=[seeds[i]]).response(0) == together.response(i)
-    shorter = generate(model, prompts, 7, (5, 6), seeds=seeds, slots=2)
+        assert generate(decoder, [prompts[i]], 30, (5, 6), seeds=[seeds[i]]).response(0) == together.response(i)
+    shorter = generate(decoder, prompts, 7, (5, 6), seeds=seeds, slots=2)
     assert all(shorter.response(i) == together.response(i)[:7] for i in range(6))
-    one, six = (generate(model, prompts[:n], 9, (), generator=torch.Generator().manual_seed(1)) for n in (1, 6))
-    assert one.response(0) == six.response(0)
+    assert not torch.equal(generate(decoder, prompts, 30, (5, 6)).tokens, together.tokens)  # other seeds
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
 def test_greedy_equals_transformers_generate(family, tmp_path):
     live(FAMILIES[family], seed=2).save_pretrained(tmp_path)
-    reference = AutoModelForCausalLM.from_pretrained(tmp_path)
+    reference, ours = AutoModelForCausalLM.from_pretrained(tmp_path), Decoder(Transformer.from_pretrained(tmp_path))
     for prompt in ragged_prompts(4, seed=9):
-        ours = generate(Transformer.from_pretrained(tmp_path), [prompt], 25, (7, 8), temperature=0.0).response(0)
         theirs = reference.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=25,
             do_sample=False, eos_token_id=[7, 8], pad_token_id=0,
         )
-        assert ours == theirs[0, len(prompt) :].tolist()
+        assert generate(ours, [prompt], 25, (7, 8), 0.0).response(0) == theirs[0, len(prompt) :].tolist()
 
 
-def test_frequencies_follow_the_models_probabilities(model):
+def test_frequencies_follow_the_models_probabilities(model, decoder):
     """Chi-square of the third token of 8,000 samples, given nothing but the prompt, against the exact marginal: all
     40 x 40 ways of getting there. 39 degrees of freedom, the 99.9% point is 72.1."""
     prompt, n = [1, 2, 3], 8000
-    rollout = generate(model, [prompt], 3, (), num_samples=n, generator=torch.Generator().manual_seed(0), slots=3000)
+    rollout = generate(decoder, [prompt] * n, 3, (), slots=3000)
 
     def next_p(rows):
         return (model(torch.tensor(rows))[:, -1] @ model.head.T).softmax(-1)
@@ -160,174 +210,87 @@ def test_frequencies_follow_the_models_probabilities(model):
     assert ((counts - n * p) ** 2 / (n * p)).sum() < 72.1
 
 
-def test_the_cache_is_as_long_as_needed_and_its_size_is_foretold(model, monkeypatch):
-    made = []
-    monkeypatch.setattr("sample.KVCache", lambda *a: made.append(KVCache(*a)) or made[-1])
-    prompts = ragged_prompts(6)
-    generate(model, prompts, 20, (), slots=4)
-    longest, main = max(map(len, prompts)), made[0]
-    assert main.kv.shape == (2, 4, 4, longest + 20, 8)
-    logits = 40 * (8 + 3 * 8)
-    assert slot_bytes(model, longest + 20, 40) * 4 == main.kv.nbytes + 4 * logits
-    assert slots_for(model, 32, 40, memory_budget=10 * slot_bytes(model, 32, 40) + 1) == 10
-    assert slots_for(model, 32, 40, memory_budget=1) == 1
+def test_ids_beyond_the_vocabulary_are_never_sampled(model):
+    rollout = generate(Decoder(model, vocab=7), ragged_prompts(20), 50, (), temperature=3.0)
+    assert all(max(rollout.response(i)) < 7 for i in range(20))
 
 
-def test_out_of_memory_halves_the_slots_and_loses_nothing(model, monkeypatch, capsys):
-    prompts = ragged_prompts(9)
-    expected = generate(model, prompts, 20, (3, 4), generator=torch.Generator().manual_seed(5))
-    forward, calls, ended = Decoder.__call__, [], []
-
-    def forgetful(self, tokens, *args, **kwargs):
-        calls.append(len(tokens))
-        if len(tokens) > 2 and len(calls) > 6:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
-        return forward(self, tokens, *args, **kwargs)
-
-    monkeypatch.setattr(Decoder, "__call__", forgetful)
-    rollout = generate(model, prompts, 20, (3, 4), generator=torch.Generator().manual_seed(5), slots=8,
-                       stream=lambda i, token: ended.append(i) if token in (3, 4) else None)  # fmt: skip
-    assert torch.equal(rollout.tokens, expected.tokens) and torch.equal(rollout.finished, expected.finished)
-    assert "rows go on in 4 slots" in (said := capsys.readouterr().err) and "in 2 slots" in said
-    assert len(ended) == len(set(ended)), "a row that had ended was sampled again"
-    monkeypatch.setattr(Decoder, "__call__", lambda *a, **k: torch.zeros(1).view(5))  # any other error goes through
-    with pytest.raises(RuntimeError, match="shape"):
-        generate(model, prompts, 20, (3, 4), slots=8)
+# --- one token
 
 
-def test_without_room_for_a_copy_the_model_itself_decodes(model, monkeypatch):
-    def run():
-        return generate(model, ragged_prompts(5), 12, (3,), generator=torch.Generator().manual_seed(5))
-
-    made, build = [], Decoder.__init__
-    monkeypatch.setattr(Decoder, "__init__", lambda *a: made.append(1) or build(*a))
-    expected, size = run(), sum(p.nbytes for p in model.parameters())
-    assert made == [1]
-    monkeypatch.setattr("sample.free_memory", lambda device: 4 * size - 1)
-    assert torch.equal(run().tokens, expected.tokens) and made == [1]
-
-
-def test_compiling_makes_few_graphs(monkeypatch):
-    """Prompts of another length, or a longer response, must not compile the model again and again: there is a limit,
-    beyond which torch computes as if nothing had been asked."""
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    torch._dynamo.reset()
-    counter, compiled = CompileCounterWithBackend("eager"), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda m, mode, dynamic: compiled(m, backend=counter, dynamic=dynamic))
-    model, counts = live(CONFIG, seed=0), []
-    for longest in (3, 9, 20, 31, 40):
-        generate(model, [[5] * longest, [6]], 200, (), generator=torch.Generator().manual_seed(5), compile=True)
-        counts.append(counter.frame_count)
-    torch._dynamo.reset()
-    assert 1 <= counts[-1] <= 4, counts  # extents 128 and 256, all of one cache
-
-
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
-def test_the_compiled_decode_step_is_equal():
-    prompts = ragged_prompts(5, seed=4)
-    model = live(Qwen3Config(**{**CONFIG.to_dict(), "num_hidden_layers": 1, "layer_types": None}), seed=0).double()
-    plain, compiled = (
-        generate(model, prompts, 14, (3,), generator=torch.Generator().manual_seed(5), slots=3, compile=c)
-        for c in (False, True)
-    )
-    assert torch.equal(plain.tokens, compiled.tokens)
-    assert torch.allclose(plain.logprobs, compiled.logprobs, atol=1e-6)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_equal_the_training_forward(model, temperature):
-    rollout = generate(model, ragged_prompts(8), 40, (3, 4), temperature, generator=torch.Generator().manual_seed(1))
-    log_p = ((model(rollout.tokens) @ model.head.T) / temperature).log_softmax(-1)
-    for i, (start, n) in enumerate(zip(rollout.prompt_lens, rollout.lens)):
-        expected = log_p[i, start - 1 : start + n - 1].gather(-1, rollout.tokens[i, start : start + n, None])[:, 0]
-        assert torch.allclose(rollout.logprobs[i, :n].double(), expected, atol=1e-5)
-        assert not rollout.logprobs[i, n:].any()
-
-
-def test_a_row_alone_is_the_row_in_a_batch(model):
-    prompts = ragged_prompts(7, seed=2)
-    together = generate(model, prompts, 30, (5, 6), temperature=0.0)
-    for i, prompt in enumerate(prompts):
-        assert generate(model, [prompt], 30, (5, 6), temperature=0.0).response(0) == together.response(i)
-
-
-def test_same_seed_same_rollout_other_seed_another(model):
-    a, b, c = (
-        generate(model, ragged_prompts(4), 20, (), generator=torch.Generator().manual_seed(seed)).tokens
-        for seed in (1, 1, 2)
-    )
-    assert torch.equal(a, b) and not torch.equal(a, c)
-
-
-def test_ids_beyond_the_vocabulary_are_never_drawn(model):
-    rollout = generate(
-        model, ragged_prompts(20), 50, (), temperature=3.0, vocab=7, generator=torch.Generator().manual_seed(0)
-    )
-    for i in range(20):
-        assert max(rollout.response(i)) < 7
-
-
-def test_draws_follow_the_distribution():
-    """Chi-square of 40,000 draws against the probabilities; 15 degrees of freedom, the 99.9% point is 37.7."""
-    g = torch.Generator().manual_seed(0)
-    logits, n = torch.randn(16, generator=g) * 1.5, 40_000
-    tokens, logprobs = draw(logits.expand(n, 16), torch.rand(n, generator=g, dtype=torch.float64), temperature=0.8)
-    p = (logits / 0.8).softmax(-1)
-    counts = torch.bincount(tokens, minlength=16)
-    assert ((counts - n * p) ** 2 / (n * p)).sum() < 37.7
-    assert torch.allclose(logprobs.float(), p.log()[tokens], atol=1e-5)
-
-
-@pytest.mark.parametrize("v", [1, 5, 255, 256, 257, 3000])
-def test_a_draw_is_the_inverse_of_the_cumulative_distribution(v):
-    """Whatever the vocabulary's size against the blocks it is searched in."""
+@pytest.mark.parametrize("v", [1, 5, 257, 3000])
+def test_a_token_is_the_inverse_of_the_cumulative_distribution(v):
     g = torch.Generator().manual_seed(v)
     logits = 3 * torch.randn(v, generator=g, dtype=torch.float64)
     u = torch.rand(2000, generator=g, dtype=torch.float64)
-    tokens, logprobs = draw(logits.expand(2000, v), u, 0.7)
     p = (logits / 0.7).softmax(-1)
-    assert torch.equal(tokens, (p.cumsum(-1) <= u[:, None]).sum(-1).clamp(max=v - 1))
-    assert torch.allclose(logprobs, p.log()[tokens], atol=1e-12)
+    expected = (p.cumsum(-1) <= u[:, None]).sum(-1).clamp(max=v - 1)
+    assert torch.equal(sample_token(logits.expand(2000, v), u, 0.7), expected)
 
 
-def test_rare_tokens_of_a_large_vocabulary_are_drawn_as_often_as_they_should():
+def test_rare_tokens_of_a_large_vocabulary_are_sampled_as_often_as_they_should():
     """150,000 tokens that share 1% of the mass, in float32: where a float32 cumulative sum goes wrong."""
     logits = torch.full((150_000,), math.log(0.01 / 149_999))
     logits[0] = math.log(0.99)
     u = torch.linspace(0.99, 1, 2001, dtype=torch.float64)[:-1]
-    tokens = torch.cat([draw(logits.expand(100, -1), part, 1.0)[0] for part in u.split(100)])
+    tokens = torch.cat([sample_token(logits.expand(100, -1), part, 1.0) for part in u.split(100)])
     expected = ((u - 0.99) / 0.01 * 149_999).floor() + 1
     assert (tokens - expected).abs().max() < 30  # float32 probabilities; a float32 sum is off by thousands
 
 
-def test_impossible_tokens_are_not_drawn_at_the_ends_of_the_interval():
+def test_impossible_tokens_are_not_sampled_at_the_ends_of_the_interval():
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]).expand(4, 5)
-    tokens, _ = draw(logits, torch.tensor([0.0, 0.4999, 0.5, 1 - 1e-16], dtype=torch.float64), temperature=1.0)
-    assert tokens.tolist() == [1, 1, 3, 3]
+    u = torch.tensor([0.0, 0.4999, 0.5, 1 - 1e-16], dtype=torch.float64)
+    assert sample_token(logits, u, 1.0).tolist() == [1, 1, 3, 3]
 
 
 def test_top_k_and_top_p_keep_the_most_likely():
     logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log().expand(1000, 4)
     u = torch.rand(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert set(draw(logits, u, 1.0, top_k=2)[0].tolist()) == {0, 1}
-    assert set(draw(logits, u, 1.0, top_p=0.7)[0].tolist()) == {0, 1}
-    assert set(draw(logits, u, 1.0, top_p=0.8)[0].tolist()) == {0, 1, 2}
-    assert set(draw(logits, u, 1.0, top_p=1e-6)[0].tolist()) == {0}
-    assert set(draw(logits, u, 1.0, min_p=0.55)[0].tolist()) == {0}
-    assert set(draw(logits, u, 1.0, min_p=0.45)[0].tolist()) == {0, 1}
+    for cut, kept in (({"top_k": 2}, {0, 1}), ({"top_p": 0.7}, {0, 1}), ({"top_p": 0.8}, {0, 1, 2}),
+                      ({"top_p": 1e-6}, {0})):
+        assert set(sample_token(logits, u, 1.0, **cut).tolist()) == kept
 
 
-def test_attended_pairs_are_counted(model):
-    rollout = generate(model, [[1, 2, 3], [4]], 3, (), temperature=0.0)
+# --- the rest
+
+
+def test_attended_pairs_are_counted(decoder):
+    rollout = generate(decoder, [[1, 2, 3], [4]], 3, (), temperature=0.0)
     assert rollout.pairs == (1 + 2 + 3) + (4 + 5) + (1) + (2 + 3)  # prefill triangle, then two decoded tokens a row
     assert rollout.prefilled == 3 + 1 and rollout.decoded == 2 + 2
 
 
-def test_unusable_arguments_are_named(model):
+def test_micro_batches_hold_every_supervised_token_once_within_their_size():
+    g = torch.Generator().manual_seed(0)
+    prompts = ragged_prompts(30, seed=1)
+    responses = [torch.randint(1, 40, (int(torch.randint(1, 60, (), generator=g)),), generator=g).tolist()
+                 for _ in prompts]
+    rollout = Rollout.of(prompts, responses, (3,))
+    for micro_tokens in (1, 100, 10_000):
+        seen, lengths = 0, []
+        for tokens, mask, position in rollout.micro_batches(micro_tokens):
+            assert tokens.numel() <= max(micro_tokens, tokens.shape[1])
+            assert mask.shape == (len(tokens), tokens.shape[1] - 1)
+            assert int(mask.sum()) == len(position)
+            seen += len(position)
+            lengths.append(tokens.shape[1])
+        assert seen == rollout.num_supervised() == sum(map(len, responses))
+        assert lengths == sorted(lengths, reverse=True)
+
+
+def test_long_responses_are_shortened_in_the_middle():
+    text = "\n".join(map(str, range(100)))
+    assert shorten(text, 8) == "0\n1\n2\n3\n4\n5\n[... 92 lines ...]\n98\n99"
+    assert shorten(text, 0) == text and shorten(text, 99) == text
+
+
+def test_unusable_arguments_are_named(decoder):
     with pytest.raises(ValueError, match="at least one token"):
-        generate(model, [[1], []], 5, ())
-    with pytest.raises(ValueError, match="max_new_tokens and num_samples must be at least 1"):
-        generate(model, [[1]], 0, ())
+        generate(decoder, [[1], []], 5, ())
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
+        generate(decoder, [[1]], 0, ())
     with pytest.raises(ValueError, match="seeds has 1 entries for 2 rows"):
-        generate(model, [[1]], 5, (), seeds=[1], num_samples=2)
+        generate(decoder, [[1], [1]], 5, (), seeds=[1])
+    with pytest.raises(InputError, match="exceed the 256 positions of the model"):
+        generate(decoder, [[1] * 200], 100, ())

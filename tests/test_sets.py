@@ -26,7 +26,7 @@ PUBLISHED = {
         {"conversations": [{"from": "user", "value": "Why?"}, {"from": "assistant", "value": "Because."}]},
         {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "It is so."}]},
     ]},
-}  # fmt: skip
+}
 
 
 def module(name: str):
@@ -54,13 +54,12 @@ def test_published_rows_become_prompt_and_answer(name, tmp_path, capsys):
         if "solution" in rows[0] and "answer" in rows[0]:
             assert is_correct(rows[0]["solution"], rows[0]["answer"])
     assert "1 rows" in capsys.readouterr().out
-    answers = {file: rows[0].get("answer") for file, rows in found.items()}
-    assert answers == {
+    assert {file: rows[0].get("answer") for file, rows in found.items()} == {
         "gsm8k": {"train.jsonl": "4", "test.jsonl": "1,000"},
         "math": {"train.jsonl": "\\frac{1}{2}", "test.jsonl": "(3,4)"},
         "aime": {"aime24.jsonl": "25", "aime25.jsonl": "70"}, "mmlu_pro": {"test.jsonl": "C"},
         "deepmath": {"train.jsonl": "0"}, "openthoughts": {"train.jsonl": None},
-    }[name]  # fmt: skip
+    }[name]
     if name == "gsm8k":
         assert found["train.jsonl"][0]["solution"] == "It is 4.\n#### 4"
     if name == "mmlu_pro":
@@ -71,7 +70,7 @@ def test_published_rows_become_prompt_and_answer(name, tmp_path, capsys):
 
 def test_gpqa_shuffles_its_choices_the_same_way_everywhere(tmp_path):
     wrong = {"Incorrect Answer 1": "x", "Incorrect Answer 2": "y", "Incorrect Answer 3": "z"}
-    rows = [{"Question": f"Question {i}?", "Correct Answer": "right", **wrong} for i in range(40)]  # fmt: skip
+    rows = [{"Question": f"Question {i}?", "Correct Answer": "right", **wrong} for i in range(40)]
     for folder in ("source", "to"):
         (tmp_path / folder).mkdir()
     with open(tmp_path / "source/gpqa_diamond.csv", "w", newline="") as file:
@@ -86,15 +85,14 @@ def test_gpqa_shuffles_its_choices_the_same_way_everywhere(tmp_path):
     assert is_correct("So the answer is (" + found[0]["answer"] + ").", found[0]["answer"])
 
 
-@pytest.mark.parametrize("name, rows, message", [
-    ("aime", [{"problem": "p", "answer": "1000"}], "row 1: not of the published form .*not one of 0 to 999"),
-    ("aime", [{"question": "p", "answer": "7"}], "row 1: not of the published form .*'problem'"),
-    ("aime", [], "no rows in it"),
-])  # fmt: skip
-def test_what_is_not_of_the_published_form_is_refused_and_nothing_is_written(name, rows, message, tmp_path):
-    files = {**PUBLISHED[name], "aime25.jsonl": rows}
+@pytest.mark.parametrize("rows, message", [
+    ([{"problem": "p", "answer": "1000"}], "row 1: not of the published form .*not one of 0 to 999"),
+    ([{"question": "p", "answer": "7"}], "row 1: not of the published form .*'problem'"),
+    ([], "no rows in it"),
+])
+def test_what_is_not_of_the_published_form_is_refused_and_nothing_is_written(rows, message, tmp_path):
     with pytest.raises(InputError, match=message):
-        prepared(name, tmp_path, files)
+        prepared("aime", tmp_path, {**PUBLISHED["aime"], "aime25.jsonl": rows})
     assert list((tmp_path / "to").iterdir()) == []
 
 
@@ -116,7 +114,7 @@ def test_sources_that_cannot_be_are_refused(tmp_path, monkeypatch):
 def test_real_files_give_the_expected_counts(tmp_path, capsys):
     sets = {"gsm8k": {"train": "gsm8k/train", "test": "gsm8k/test"},
             "math": {"train": "math/train", "test": "math500/test"},
-            "aime": {"aime24": "aime24/test", "aime25": "aime24/test"}}  # fmt: skip
+            "aime": {"aime24": "aime24/test", "aime25": "aime24/test"}}
     for name, files in sets.items():
         source, to = tmp_path / name, tmp_path / f"{name}_to"
         source.mkdir(), to.mkdir()

@@ -218,7 +218,7 @@ def train_tokenizer(rows: list[dict]) -> None:
         file.write_text(json.dumps(settings, indent=2), encoding="utf-8", newline="\n")
         Qwen3Config(
             vocab_size=vocab_size, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=2048,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=8192,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=True,
             bos_token_id=None, eos_token_id=stop, pad_token_id=pad, architectures=["Qwen3ForCausalLM"], dtype="float32",
         ).save_pretrained(HERE / folder)

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# The main picture again: prefixes of several lengths and three schedules against whole responses, three seeds each, then the pictures.
-# About 20 minutes on 2 cores of an Intel Xeon, without the stop-token trap at the end, of
-# which one seed with the class took a minute, and without it was not timed. What is there already is not run again, so it can be interrupted.
+# The main picture again: prefixes of several lengths and three schedules against whole responses, three seeds each, then
+# the stop-token trap. About 20 minutes on 2 cores, without the trap. Runs that are complete are not run again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 to=out_reproduce
@@ -10,8 +9,9 @@ mkdir -p $to
 run() {  # name, then flags
     name=$1; shift
     for seed in 1 2 3; do
-        [ -d "$to/${name}_seed$seed/step_000030" ] || python train.py --seed $seed --eval_every 5 --eval_problems 200 --eval_kl 50 --save_every 10 --keep 3 \
-            --out_dir "$to/${name}_seed$seed" --overwrite "$@"
+        [ -d "$to/${name}_seed$seed/step_000030" ] || python train.py --data chains --seed $seed --steps 30 \
+            --batch_size 64 --lr 5e-4 --max_new_tokens 512 --eval_every 5 --eval_problems 200 --eval_kl 50 \
+            --save_every 10 --keep 3 --out_dir "$to/${name}_seed$seed" --overwrite "$@"
     done
 }
 
@@ -21,13 +21,13 @@ run staircase --prefix_len 128 --prefix_start 4 --schedule staircase --stair 16
 run adaptive --prefix_len 128 --prefix_start 4 --schedule adaptive
 
 python eval.py runs $to/prefix*_seed? --out $to/prefixes.png | tee $to/prefixes.txt
-python eval.py runs $to/prefix1024_seed? $to/linear_seed? $to/staircase_seed? $to/adaptive_seed? --out $to/schedules.png | tee $to/schedules.txt
-before_during_after=chains/student
+python eval.py runs $to/{prefix1024,linear,staircase,adaptive}_seed? --out $to/schedules.png | tee $to/schedules.txt
+before_during_after=data/chains/student
 for run in prefix16_seed1 prefix1024_seed1; do
     before_during_after+=,$to/$run/step_000010,$to/$run/step_000030
 done
-python eval.py positions --student $before_during_after --out $to/positions.png
-python eval.py teacher_prefix --out $to/teacher_prefix.png
+python eval.py positions --data chains --model $before_during_after --out $to/positions.png
+python eval.py teacher_prefix --data chains --out $to/teacher_prefix.png
 
 [ -d $to/other_stop ] || python data/chains/other_stop.py $to/other_stop --scale 0.4
 for class in off on; do  # the stop-token trap; without the class a step takes longer and longer, since nothing ends

@@ -9,7 +9,7 @@ from data.answers import extract_answer
 from data.fetch import BOXED, Split, main
 
 SUBJECTS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
-            "precalculus")  # fmt: skip
+            "precalculus")
 
 
 def convert(row: dict) -> dict | None:

@@ -68,7 +68,7 @@ def make_problem(rng: random.Random) -> dict:
         rules[name] = (ref, rng.randint(1, 9) * rng.choice((1, -1)))
     order = rng.sample(list(rules), len(rules))
     return {"rules": {n: rules[n] for n in order}, "walk": walk, "start": (ring[0], start),
-            "limit": rng.randint(highest + 1, value)}  # fmt: skip
+            "limit": rng.randint(highest + 1, value)}
 
 
 def prompt_text(problem: dict) -> str:

@@ -10,8 +10,8 @@ mkdir -p $to
 run() {  # name, then flags
     name=$1; shift
     for seed in 1 2 3; do
-        [ -d "$to/${name}_seed$seed/step_000030" ] || python train.py --student walk/student --teacher walk/teacher \
-            --data walk --seed $seed --eval_every 10 --eval_problems 150 --eval_kl 50 --max_new_tokens 200 \
+        [ -d "$to/${name}_seed$seed/step_000030" ] || python train.py --data walk --batch_size 64 --lr 5e-4 --steps 30 \
+            --seed $seed --eval_every 10 --eval_problems 150 --eval_kl 50 --max_new_tokens 200 \
             --out_dir "$to/${name}_seed$seed" --overwrite "$@"
     done
 }
@@ -20,6 +20,6 @@ run prefix16 --prefix_len 16
 run prefix64 --prefix_len 64
 run prefix200 --prefix_len 200
 run random16 --prefix_len 16 --window random
-run every5 --prefix_len 16 --full_every 5
+run mix10 --prefix_len 16 --mix 0.1
 
 python eval.py runs $to/*_seed? --out $to/walk.png | tee $to/walk.txt

@@ -1,0 +1,34 @@
+"""README's "Fork it": every diff there is small, applies to the code as it is, and runs."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(train.__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```diff\n(.*?)```\n+```bash\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_fork_is_a_small_diff_that_runs(number, tmp_path):
+    assert len(BLOCKS) == 3
+    diff, command = BLOCKS[number]
+    changed = [line for line in diff.splitlines() if re.match(r"[+-](?![+-])", line)]
+    assert len(changed) <= 10
+    for name in ("loss.py", "model.py", "sample.py", "eval.py", "train.py", "data"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    applied = subprocess.run(["git", "apply", "--recount", "-"], cwd=tmp_path, input=diff, text=True,
+                             capture_output=True, check=False)
+    assert applied.returncode == 0, applied.stderr
+    flags = command.split()[2:]
+    quick = ["--steps", "2", "--batch_size", "4", "--eval_problems", "0", "--eval_kl", "0", "--data", "chains"]
+    run = subprocess.run([sys.executable, "train.py", *flags, *quick], cwd=tmp_path, capture_output=True,
+                         text=True, check=False)
+    assert run.returncode == 0 and "after 2 steps" in run.stdout, run.stderr

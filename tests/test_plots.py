@@ -1,0 +1,171 @@
+"""The diagnostics of eval.py against their definitions, and the pictures of data/plots.py."""
+
+import bisect
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+from data import HERE, InputError, plots
+from data.flags import parse_flags
+from model import Transformer
+from sample import Rollout
+
+STUDENT, TEACHER = str(HERE / "chains/student"), str(HERE / "chains/teacher")
+
+
+def config(*flags: str):
+    return parse_flags(evaluation.Config, "", [
+        "--data", "chains", "--device", "cpu", "--model", STUDENT, "--num_problems", "12", "--max_new_tokens", "60",
+        *flags])
+
+
+def read(folder: str, rollout: Rollout, vocab: int = 644) -> list[torch.Tensor]:
+    """Log-probabilities (tokens, vocab) of every response, by reading it whole."""
+    model, rows = Transformer.from_pretrained(folder), []
+    for tokens, p, n in zip(rollout.tokens, rollout.prompt_lens.tolist(), rollout.lens.tolist()):
+        with torch.no_grad():
+            rows.append((model(tokens[None, : p + n - 1])[0, p - 1 :] @ model.head[:vocab].T).log_softmax(-1))
+    return rows
+
+
+def sample(c, who: int) -> Rollout:
+    students, teacher, _, stop_ids, rows = evaluation.load_models(c)
+    writer = (*students.values(), teacher)[who]
+    return evaluation.respond(writer, [row["prompt_ids"] for row in rows[: c.num_problems]], c, stop_ids)
+
+
+def test_positions_are_the_definition_by_thirds_of_an_octave(tmp_path):
+    c = config("--num_problems", "4")
+    found = evaluation.positions(c)
+    curve, rollout, bins = found["curves"][STUDENT], sample(c, 0), {}
+    edges = sorted({round(2 ** (i / 3)) for i in range(20)})
+    for log_p, log_q in zip(read(STUDENT, rollout), read(TEACHER, rollout)):
+        for j, (p, q) in enumerate(zip(log_p, log_q)):
+            values = (p.exp() * (p - q)).sum(), -(q.exp() * q).sum(), p.argmax() == q.argmax(), j + 1
+            bins.setdefault(bisect.bisect_right(edges, j + 1), []).append([float(x) for x in values])
+    bins = [torch.tensor(bins[b], dtype=torch.double) for b in sorted(bins) if len(bins[b]) >= 4]
+    assert curve["tokens"] == list(map(len, bins)) and len(bins) > 10
+    for column, name in enumerate(("kl", "teacher_entropy", "agree", "position")):
+        assert curve[name] == pytest.approx([x[:, column].mean().item() for x in bins], rel=1e-3, abs=1e-6), name
+    expected = [1.96 * x[:, 0].std(correction=0).item() / len(x) ** 0.5 for x in bins]
+    assert curve["kl_half_width"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    plots.draw("positions", found, str(tmp_path / "p.png"))
+    assert json.loads((tmp_path / "p.json").read_text()) == found and (tmp_path / "p.png").stat().st_size > 10_000
+
+
+def test_positions_on_the_teachers_responses_say_how_the_student_finds_them(capsys):
+    c = config("--num_problems", "4", "--responses", "teacher", "--model", f"{STUDENT},{TEACHER}")
+    evaluation.positions(c)
+    first, second = (line for line in capsys.readouterr().out.splitlines() if "perplexity" in line)
+    rollout = sample(c, -1)
+    logprobs = [x for i, p in enumerate(read(STUDENT, rollout))
+                for x in p.gather(1, torch.tensor(rollout.response(i))[:, None])[:, 0].tolist()]
+    assert float(first.split()[-1]) == pytest.approx(math.exp(-sum(logprobs) / len(logprobs)), abs=1e-3)
+    assert "KL 0.0000" in second or "KL -0.0000" in second  # the teacher against itself
+
+
+def test_teacher_prefix_gives_what_it_says(tmp_path, capsys):
+    found = evaluation.teacher_prefix(config("--lens", "0,4,60", "--num_problems", "20"))
+    ours = found["curves"][f"{STUDENT} after k tokens of the teacher's"]
+    other = found["curves"][f"teacher after k tokens of {STUDENT}'s"]
+    assert [p["k"] for p in ours] == [p["k"] for p in other] == [0, 4, 60]
+    assert ours[0]["given_whole"] == other[0]["given_whole"] == 0
+    assert ours[-1]["given_whole"] == other[-1]["given_whole"] == 1.0
+    # who is given everything is as right as the one who wrote it
+    assert ours[-1]["accuracy"] == other[0]["accuracy"] and other[-1]["accuracy"] == ours[0]["accuracy"]
+    assert ours[0]["accuracy"] < ours[1]["accuracy"] and "k = 4: accuracy" in capsys.readouterr().out
+    plots.draw("teacher_prefix", found, str(tmp_path / "p.png"))
+    assert json.loads((tmp_path / "p.json").read_text()) == found and (tmp_path / "p.png").stat().st_size > 10_000
+    with pytest.raises(InputError, match="--lens many: expected numbers"):
+        evaluation.teacher_prefix(config("--lens", "many"))
+
+
+def test_given_tokens_count_towards_the_cap(monkeypatch):
+    lengths, decode = [], evaluation.Tokenizer.decode
+    monkeypatch.setattr(evaluation.Tokenizer, "decode", lambda self, ids: lengths.append(len(ids)) or decode(self, ids))
+    evaluation.teacher_prefix(config("--lens", "0,20", "--num_problems", "8", "--max_new_tokens", "30"))
+    assert max(lengths) <= 30
+
+
+def command(monkeypatch, *argv: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["eval.py", *argv])
+    runpy.run_path(evaluation.__file__, run_name="__main__")
+
+
+def test_tokens_page_takes_no_text_for_markup(tmp_path, monkeypatch):
+    data, prompt = tmp_path / "evil.jsonl", "<script>alert(1)</script>&amp;\nDan?\n"
+    data.write_text(json.dumps({"prompt": prompt}) + "\n")
+    flags = ("--data", str(data), "--model", STUDENT, "--teacher", TEACHER, "--max_new_tokens", "60",
+             "--device", "cpu")
+    command(monkeypatch, "tokens", *flags, f"--out={tmp_path / 't.html'}")
+    page, found = (tmp_path / "t.html").read_text(), json.loads((tmp_path / "t.json").read_text())
+    assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;&amp;amp;" in page
+    rollout = sample(config(*flags), 0)
+    assert page.count("<span") == int(rollout.lens[0]) == len(found["responses"][STUDENT])
+    p = read(STUDENT, rollout)[0].gather(1, torch.tensor(rollout.response(0))[:, None])[:, 0].exp()
+    assert [t["student"] for t in found["responses"][STUDENT]] == pytest.approx(p.tolist(), rel=1e-3)
+
+
+def fake_run(folder: Path, prefix_len: int, seed: int, accuracies: list[float]) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({
+        "prefix_len": prefix_len, "seed": seed, "schedule": "constant", "stair": prefix_len // 8, "out_dir": "x"}))
+    lines = []
+    for step, a in enumerate(accuracies):
+        if step:
+            lines.append({"step": step, "loss": 1.0, "total_flop": step * prefix_len * 1e9, "total_seconds": step * 1.0,
+                          "total_tokens_trained": step * prefix_len})
+        lines.append({"step": step, "eval": "student", "kind": "sampled", "accuracy": a, "finish": 1.0, "mean_len": 9})
+    (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines) + '{"torn')
+    return str(folder)
+
+
+def test_runs_are_grouped_by_what_differs_and_compared_at_equal_cost(tmp_path, capsys):
+    folders = [fake_run(tmp_path / "a1", 10, 1, [0.2, 0.6, 0.8]), fake_run(tmp_path / "a2", 10, 2, [0.2, 0.8, 0.9]),
+               fake_run(tmp_path / "b1", 100, 1, [0.2, 0.8, 1.0]), fake_run(tmp_path / "b2", 100, 2, [0.2, 0.6, 0.7])]
+    plots.draw_runs(folders, str(tmp_path / "runs.png"), goals=(0.7, 0.95))
+    found, said = json.loads((tmp_path / "runs.json").read_text()), capsys.readouterr().out
+    assert list(found)[:2] == ["prefix_len 10", "prefix_len 100"] and found["prefix_len 10"]["seeds"] == [1, 2]
+    needed = found["flop_to_reach_sampled_accuracy"]["0.7"]
+    # 0.6 -> 0.8 crosses 0.7 in the middle of step 2; 0.2 -> 0.8 at 5/6 of step 1
+    assert needed["prefix_len 10"] == pytest.approx([1.5e10, 10e9 * 5 / 6])
+    assert needed["prefix_len 100"] == pytest.approx([100e9 * 5 / 6, 2e11])
+    assert "2 of 2 runs, 1.17e+10 (8.33e+09 to 1.5e+10)" in said and "0 of 2 runs" in said
+    assert (tmp_path / "runs.png").stat().st_size > 10_000
+    # The short prefix ends at 2e10 FLOP: there, and at half of it, all are compared
+    assert list(found["at_equal_flop"]) == ["10000000000.0", "20000000000.0"]
+    equal = found["at_equal_flop"]["20000000000.0"]
+    assert equal["prefix_len 10"]["sampled_accuracy"] == pytest.approx([0.8, 0.9])
+    assert equal["prefix_len 100"]["sampled_accuracy"] == pytest.approx([0.2 + 0.6 / 5, 0.2 + 0.4 / 5])
+    assert "At 2e+10 FLOP" in said and "accuracy, sampled 0.85 (0.8 to 0.9)" in said
+    points = [{"flop": 0.0, "x": 0.1}, {"flop": 1.0, "x": 0.2}]
+    assert math.isnan(plots.metric_at(points, "x", "flop", 1.5)) and math.isnan(plots.cost_to_reach(points, "x", 0.5))
+    assert plots.cost_to_reach([{"flop": 0.0, "x": 0.6}], "x", 0.5) == 0.0
+
+    older, newer = tmp_path / "a1/config.json", tmp_path / "a2/config.json"  # one from before there was a flag
+    newer.write_text(json.dumps({**json.loads(older.read_text()), "mix": 0.1, "seed": 2}))
+    assert list(plots.group_runs(folders[:2])) == ["all runs", "mix 0.1"]
+    (tmp_path / "a1/log.jsonl").write_text("")
+    with pytest.raises(InputError, match="train with --eval_every"):
+        plots.draw_runs(folders[:2], "")
+    with pytest.raises(InputError, match="no log.jsonl there"):
+        plots.draw_runs([str(tmp_path)], "")
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("position", "position: no such command; positions, teacher_prefix, tokens and runs are"),
+    ("positions --num_problems -1", "--num_problems must be at least 0, found -1"),
+    ("tokens --index 5000 --data chains", "--index 5000: the data has rows 0 to 999"),
+    ("runs", "usage: python eval.py runs RUN_FOLDER"),
+])
+def test_the_command_line_says_what_is_wrong(flags, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command(monkeypatch, *flags.split())
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and message in said and len(said.splitlines()) == 1

@@ -72,7 +72,8 @@ def load_pair(config, resume_from: Path | None) -> Pair:
     """The pair of a training run, by train.py's Config."""
     device = choose_device(config.device)
     config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    dtype, folder = getattr(torch, config.dtype), checkpoint_folder(config.student)
+    files = ("*.json", "*.jinja") if config.init == "random" else ("*.json", "*.safetensors", "*.jinja")
+    dtype, folder = getattr(torch, config.dtype), checkpoint_folder(config.student, files)
     tokenizer, teachers, vocab, stop_ids = load_tokenizers(config, folder, config.teacher)
     teacher = Decoder.from_pretrained(config.teacher, device, dtype, vocab) if config.teacher else None
     if resume_from is None and config.init == "random":
@@ -346,17 +347,20 @@ def examine(pair: Pair, test: list[dict], config, run: Run) -> None:
         found, records = evaluate(
             pair.teacher if who == "teacher" else pair.decoder, pair.tokenizer, test[: config.eval_problems],
             max_new_tokens=config.max_new_tokens, stop_ids=pair.stop_ids, temperature=temperature, progress=True,
+            slots=config.eval_batch_size,
         )
         run.write({"step": run.step, "eval": who, "kind": kind, **found})
         said.append(f"{who}'s {kind} accuracy {found['accuracy']:.3f}")
-        shown = shorten(records[0]["response"], 12) if (who, kind) == ("student", "greedy") else shown
-        sampled = [r["ids"] for r in records] if (who, kind) == ("student", "sampled") else sampled
+        if (who, kind) == ("student", "greedy"):
+            shown = shorten(records[0]["response"], 12)
+        if (who, kind) == ("student", "sampled"):
+            sampled = [r["ids"] for r in records]
     if config.eval_kl and pair.teacher is not None and ("student", "kl") not in done:
         start = time.perf_counter()
         prompts = [pair.tokenizer.encode_prompt(row["prompt"]) for row in test[: config.eval_kl]]
         if sampled is None or len(sampled) < len(prompts):
             rollout = generate(pair.decoder, prompts, config.max_new_tokens, pair.stop_ids, config.temperature,
-                               seeds=[one[0] for one in seeds_of(1337, len(prompts))])
+                               seeds=[one[0] for one in seeds_of(1337, len(prompts))], slots=config.eval_batch_size)
         else:
             rollout = Rollout.of(prompts, sampled[: len(prompts)], pair.stop_ids)
         found = measure_kl(
@@ -365,6 +369,9 @@ def examine(pair: Pair, test: list[dict], config, run: Run) -> None:
         )
         run.write({"step": run.step, "eval": "student", "kind": "kl", **found, "seconds": time.perf_counter() - start})
         said.append(f"held-out KL {found['kl']:.4f} nats a token")
+    pair.decoder.cache = None  # larger than a training step's
+    if pair.teacher is not None:
+        pair.teacher.cache = None
     print(f"step {run.step}: {', '.join(said)}")
     if shown:
         print(f"its greedy response to the first problem:\n{shown}")
@@ -378,11 +385,11 @@ class Config:
     model: str = flag("", "checkpoint folder or hub name, with commas between several for a diagnostic; empty takes "
                       "the student of --data")
     teacher: str = flag("", "diagnostics: checkpoint folder or hub name; empty takes the teacher of --data")
-    data: str = flag("chains", "data set: a name (its test split) or a .jsonl file")
+    data: str = flag("search", "data set: a name (its test split) or a .jsonl file")
     num_problems: int = flag(0, "use the first this many problems; 0 takes all, or 200 for a diagnostic", least=0)
     num_samples: int = flag(1, "responses per problem; accuracy is their mean (avg@k)", least=1)
-    temperature: float = flag(0.0, "0 takes the most likely token, 1 samples from the model's own distribution, as "
-                              "diagnostics do where nothing is said", least=0, below=math.inf)
+    temperature: float = flag(0.0, "0 takes the most likely token, 1 samples from the model's own distribution "
+                              "(diagnostics: 1 by default)", least=0, below=math.inf)
     top_k: int = flag(0, "sample among the k most likely tokens only; 0 is off", least=0)
     top_p: float = flag(1.0, "sample among the most likely tokens that hold this much probability; 1 is off",
                         above=0, most=1)
@@ -393,15 +400,16 @@ class Config:
     thinking: str = flag("", "on or off, for chat templates that have the switch")
     max_new_tokens: int = flag(4096, "cap on the response", least=1)
     batch_size: int = flag(256, "responses sampled together; lower it if memory runs out", least=1)
-    micro_tokens: int = flag(8192, "diagnostics: tokens scored together, padding included; likewise", least=1)
+    micro_tokens: int = flag(8192, "diagnostics: tokens scored together, padding included; lower it if memory runs out",
+                             least=1)
     responses: str = flag("student", "positions: whose responses the two are compared on",
                           choices=("student", "teacher"))
     lens: str = flag("0,1,2,4,8,16,32,64,128", "teacher_prefix: how many tokens the other model writes first")
     index: int = flag(0, "tokens: which problem", least=0)
     seed: int = flag(1337, "seed of the sampling", least=0)
-    out: str = flag("", "file to write: a .json of results, with the responses in a .jsonl beside it, to go on from; "
-                    "for a diagnostic its picture, with the numbers in a .json beside it")
-    compare: str = flag("", "instead: two such files, with a comma between them, for a paired test")
+    out: str = flag("", "accuracy: a .json file to write; responses go to a .jsonl beside it as they come, and an "
+                    "interrupted evaluation goes on from there. Diagnostics: the picture, numbers in a .json beside it")
+    compare: str = flag("", "instead: two .json files that --out wrote, with a comma between them, for a paired test")
     device: str = flag("", "cpu, cuda, ...; empty chooses")
 
 
@@ -435,7 +443,7 @@ def main(config: Config) -> None:
         decoder, tokenizer, rows, max_new_tokens=config.max_new_tokens, stop_ids=stop_ids,
         temperature=config.temperature, top_k=config.top_k or None, top_p=config.top_p, num_samples=config.num_samples,
         slots=config.batch_size, seed=config.seed, progress=True, keep=keep,
-        done=[r for r in done if r["problem"] < len(rows)],
+        done=[r for r in done if r["problem"] < len(rows) and r["prompt"] == rows[r["problem"]]["prompt"]],
     )
     print(f"the response to the first problem:\n{shorten(records[0]['response'], 24)}\n\n"
           f"{path} on {config.data}: {len(rows)} problems, {config.num_samples} samples each, temperature "
@@ -465,7 +473,8 @@ def kept_responses(config: Config, folder: Path) -> list[dict]:
     file = Path(config.out).with_suffix(".jsonl")
     free = ("out", "device", "batch_size", "compare", "model", "num_problems")
     made = {k: v for k, v in asdict(config).items() if k not in free}
-    made = json.loads(json.dumps({**made, "weights": fingerprint(folder)}))
+    dtype = choose_device(config.device).type == "cuda"
+    made = json.loads(json.dumps({**made, "half precision": dtype, "weights": fingerprint(folder)}))
     records = read_log(file) if file.is_file() else []
     if file.is_file() and records[:1] != [made]:
         raise InputError(f"--out: {file} exists and holds something else, or responses made with other flags or "
@@ -503,7 +512,7 @@ def load_models(config: Config):
     return students, Decoder.from_pretrained(config.teacher, device, dtype, vocab), tokenizer, stop_ids, rows
 
 
-def respond(decoder: Decoder, prompts: list[list[int]], config: Config, stop_ids, given: int = 0) -> Rollout:
+def sample_responses(decoder: Decoder, prompts: list[list[int]], config: Config, stop_ids, given: int = 0) -> Rollout:
     """Responses; `given` of their tokens stand in the prompts already, and count towards the cap."""
     return generate(decoder, prompts, config.max_new_tokens - given, stop_ids, config.temperature, progress=True,
                     seeds=[config.seed + i for i in range(len(prompts))], slots=config.batch_size)
@@ -517,7 +526,7 @@ def positions(config: Config) -> dict:
     edges = torch.tensor(sorted({round(2 ** (i / 3)) for i in range(3 * 20)}))
     for name, student in students.items():
         if config.responses == "student" or rollout is None:
-            rollout = respond(student if config.responses == "student" else teacher, prompts, config, stop_ids)
+            rollout = sample_responses(student if config.responses == "student" else teacher, prompts, config, stop_ids)
         stats = score(rollout, student, teacher, stop_ids=stop_ids if config.stop_class else (),
                       micro_tokens=config.micro_tokens)
         at = stats["position"].long()
@@ -547,9 +556,9 @@ def teacher_prefix(config: Config) -> dict:
     if any("answer" not in row for row in rows):
         raise InputError(f"--data {config.data}: teacher_prefix grades answers, and a row has none")
     prompts = [row["prompt_ids"] for row in rows]
-    by_teacher = respond(teacher, prompts, config, stop_ids)
+    by_teacher = sample_responses(teacher, prompts, config, stop_ids)
     for name, student in students.items():
-        by_student = respond(student, prompts, config, stop_ids)
+        by_student = sample_responses(student, prompts, config, stop_ids)
         for label, writer, first in ((f"{name} after k tokens of the teacher's", student, by_teacher),
                                      (f"teacher after k tokens of {name}'s", teacher, by_student)):
             curves[label] = []
@@ -557,7 +566,8 @@ def teacher_prefix(config: Config) -> dict:
                 texts = [first.text_ids(i) for i in range(len(rows))]
                 open_rows = [i for i in range(len(rows)) if first.lens[i] > k]  # the others were given whole
                 if open_rows:
-                    rest = respond(writer, [prompts[i] + texts[i][:k] for i in open_rows], config, stop_ids, given=k)
+                    begun = [prompts[i] + texts[i][:k] for i in open_rows]
+                    rest = sample_responses(writer, begun, config, stop_ids, given=k)
                 for n, i in enumerate(open_rows):
                     texts[i] = texts[i][:k] + rest.text_ids(n)
                 right = sum(is_correct(tokenizer.decode(text), row["answer"]) for text, row in zip(texts, rows))
@@ -575,7 +585,7 @@ def tokens(config: Config) -> dict:
     students, teacher, tokenizer, stop_ids, rows = load_models(config)
     row, pages = rows[config.index], {}
     for name, student in students.items():
-        rollout = respond(student, [row["prompt_ids"]], config, stop_ids)
+        rollout = sample_responses(student, [row["prompt_ids"]], config, stop_ids)
         stats = score(rollout, student, teacher, stop_ids=stop_ids if config.stop_class else ())
         pages[name] = [
             {"text": tokenizer.decode([i]), "kl": kl, "student": math.exp(log_p), "teacher": math.exp(log_q)}
@@ -596,6 +606,8 @@ if __name__ == "__main__":
         run_command(lambda c: plots.draw_runs(sys.argv[2:end], c.out or "runs.png"), config)
     elif command in diagnostics:
         config = parse_flags(Config, __doc__, sys.argv[2:])
+        if not Path(config.out).resolve().parent.is_dir():
+            stop(f"--out {config.out}: there is no folder {Path(config.out).parent}")
         run_command(lambda c: plots.draw(command, diagnostics[command](c), c.out), config)
     elif command:
         stop(f"{command}: no such command; {', '.join(diagnostics)} and runs are; flags alone measure accuracy")

@@ -27,7 +27,7 @@ a chunk of logits, whatever N is.
 
 One numerical idea carries all of them. A model that is nearly certain has one p close to 1, and its entries of s and dz
 are small differences of large numbers. So both logits are taken relative to their value at the student's most likely
-token: there s is exactly 0, and p (s - mean of s) is right to the last digits, since a constant added to s drops out.
+token: there s, up to a constant of the row that drops out of p (s - mean of s), is exactly 0.
 Where the gradient is p - q or p - 1_y, its entries sum to zero, so that the one that would cancel is set to minus the
 sum of the others (`balance`).
 
@@ -40,7 +40,7 @@ A sum over the top-k alone is no divergence at all: it turns negative, and falls
 top-k. The bucket for the rest mends that.
 
 All of them take the sampled tokens as given: how the student's earlier tokens change which later states it visits is
-not differentiated. That is what on-policy distillation means in practice.
+not differentiated, as is usual in on-policy distillation.
 """
 
 import torch
@@ -81,11 +81,11 @@ def distill_loss(
         punished for it.
     vocab: number of real tokens; rows of the heads beyond it are padding and ignored. Default: the smaller head's.
     chunk_rows: rows handled at once. Live memory is two to three (chunk_rows, V) buffers in float32 on a CPU, nine on
-        a GPU, beside inputs, gradients (dW is summed in float32) and statistics.
+        a GPU, beside inputs, heads cast to another dtype, gradients (dW is summed in float32) and statistics.
 
     Returns (loss, stats): a scalar, and detached (N,) tensors: "loss" (unweighted), "student_entropy", and where there
     is a teacher "kl" (reverse, in nats, whatever the loss), "teacher_entropy", "agree" (same most likely token); with
-    targets "student_logprob" and, with a teacher, "teacher_logprob".
+    targets "student_logprob" and, with a teacher, "teacher_logprob". All at `temperature`, stop_ids merged.
     Raises ValueError on an unknown loss, missing targets or teacher, or ids beyond the vocabulary. Cannot be
     differentiated twice.
     """
@@ -94,7 +94,7 @@ def distill_loss(
     if targets is None and loss in ("sampled_kl", "cross_entropy"):
         raise ValueError(f"loss {loss!r} needs targets")
     if (hidden_t is None) != (head_t is None) or (hidden_t is None and loss != "cross_entropy"):
-        raise ValueError(f"loss {loss!r} needs the teacher's hidden states and head")
+        raise ValueError(f"loss {loss!r} needs the teacher's hidden states and head both")
     if loss == "jsd" and not 0 < beta < 1:
         raise ValueError(f"beta must lie strictly between 0 and 1, found {beta} (its ends are not the two KLs)")
     if top_k < 1 or top_k_of not in ("teacher", "student"):
@@ -113,11 +113,11 @@ def distill_loss(
     if token_weights is None:
         token_weights = hidden_s.new_full((len(hidden_s),), 1 / max(len(hidden_s), 1), dtype=torch.float32)
     stops = torch.tensor(sorted(set(stop_ids)), device=hidden_s.device)
-    total, names, *rows = FusedDivergence.apply(
+    total, names, *stats = FusedDivergence.apply(
         hidden_s, head_s, hidden_t, head_t, token_weights, targets, stops if len(stops) > 1 else None, vocab,
         temperature, chunk_rows, (loss, beta, min(top_k, vocab), top_k_of),
     )
-    return total, dict(zip(names, rows))
+    return total, dict(zip(names, stats))
 
 
 class FusedDivergence(torch.autograd.Function):
@@ -134,14 +134,14 @@ class FusedDivergence(torch.autograd.Function):
         # On a CPU the elementwise work goes over few rows at a time, so that they stay in its cache.
         block_rows = 16 if hidden_s.device.type == "cpu" else chunk_rows
 
-        rows = {}  # name of a statistic -> list of (b,) tensors
+        stats: dict[str, Tensor] = {}  # (N,) each; made once, since small tensors that stay would litter the memory
         with torch.autocast(hidden_s.device.type, enabled=False):  # precision is chosen here, product by product
             for start in range(0, max(n, 1), chunk_rows):  # n = 0 makes one empty chunk
                 chunk = slice(start, start + chunk_rows)
                 h, y = operand(hidden_s[chunk], hidden_s), None if targets is None else targets[chunk]
                 scale = (weights[chunk].to(wide) / temperature)[:, None]  # (c, 1)
-                z = matmul(h, W.T).div_(temperature)  # (c, V)
-                t = None if W_t is None else matmul(operand(hidden_t[chunk], hidden_t), W_t.T).div_(temperature)
+                z = logits(h, W, temperature)  # (c, V)
+                t = None if W_t is None else logits(operand(hidden_t[chunk], hidden_t), W_t, temperature)
                 share = None
                 if stops is not None:
                     share = merge_stops(z, stops)
@@ -154,8 +154,9 @@ class FusedDivergence(torch.autograd.Function):
                         z[block], None if t is None else t[block], None if y is None else y[block, None], *options
                     )
                     for name, value in found.items():
-                        rows.setdefault(name, []).append(value[:, 0])
-                dz = z.mul_(scale)
+                        stats.setdefault(name, torch.empty(n, dtype=wide, device=h.device))
+                        stats[name][chunk][block] = value[:, 0].to(wide)
+                dz = z.mul_(scale)  # z holds the gradient with respect to the logits now
                 if share is not None:  # the gradient of the class flows back through each id's share of it
                     dz[:, stops] = dz[:, stops[:1]] * share
                 dz = operand(dz, h)
@@ -165,12 +166,11 @@ class FusedDivergence(torch.autograd.Function):
                     add_matmul(d_head[:vocab], dz.T, h)
                 del z, t, dz  # before the next chunk's are made
 
-        rows = {name: torch.cat(values).to(wide) for name, values in rows.items()}
-        total = (rows["loss"] * weights.to(wide)).sum()
+        total = (stats["loss"] * weights.to(wide)).sum()
         # The gradients ride on ctx, not in save_for_backward: they are results, and there is no second derivative.
         ctx.gradients = [None if g is None else g.to(x.dtype) for g, x in ((d_hidden, hidden_s), (d_head, head_s))]
-        ctx.mark_non_differentiable(*rows.values())
-        return total, tuple(rows), *rows.values()
+        ctx.mark_non_differentiable(*stats.values())
+        return total, tuple(stats), *stats.values()
 
     @staticmethod
     def backward(ctx, grad_total, *_):
@@ -196,57 +196,59 @@ def value_and_gradient(
     z_max, top = z.max(-1, keepdim=True)  # (b, 1), the student's most likely token
     z -= z_max
     p = z.exp()  # at most 1
-    Z = add_up(p)
-    p, log_Z = p.div_(Z.to(p.dtype)), Z.log()  # log p = z - log_Z
-    rows = {"student_entropy": log_Z - dot(p, z)}
+    Z_s = add_up(p)
+    p, log_Z_s = p.div_(Z_s.to(p.dtype)), Z_s.log()  # log p = z - log_Z_s
+    stats = {"student_entropy": log_Z_s - dot(p, z)}
     if y is not None:
-        rows["student_logprob"] = z.gather(-1, y) - log_Z
+        stats["student_logprob"] = z.gather(-1, y) - log_Z_s
     if t is not None:
         at_top = t.gather(-1, top)
         t -= at_top
         t_max, t_top = t.max(-1, keepdim=True)
         q = (t - t_max).exp_()
-        Y = add_up(q)
-        q, log_Y = q.div_(Y.to(q.dtype)), Y.log() + t_max  # log q = t - log_Y
-        rows["teacher_entropy"] = log_Y - dot(q, t)
-        rows["agree"] = t_top == top
+        Z_t = add_up(q)
+        q, log_Z_t = q.div_(Z_t.to(q.dtype)), Z_t.log() + t_max  # log q = t - log_Z_t
+        stats["teacher_entropy"] = log_Z_t - dot(q, t)
+        stats["agree"] = t_top == top
         if y is not None:
-            rows["teacher_logprob"] = t.gather(-1, y) - log_Y
-        score = z - t  # (b, V), log p - log q but for a constant of the row, log_Y - log_Z: 0 at `top`
+            stats["teacher_logprob"] = t.gather(-1, y) - log_Z_t
+        score = z - t  # (b, V), log p - log q but for a constant of the row, log_Z_t - log_Z_s: 0 at `top`
         mean = dot(p, score)
-        rows["kl"] = (mean + (log_Y - log_Z)).clamp_(min=0)  # below 0 by rounding only
+        stats["kl"] = (mean + (log_Z_t - log_Z_s)).clamp_(min=0)  # below 0 by rounding only
 
     if loss == "reverse_kl":
-        rows["loss"] = rows["kl"]
+        stats["loss"] = stats["kl"]
         torch.mul(p, score.sub_(mean.to(z.dtype)), out=z)
     elif loss == "topk_reverse_kl":
         kept = (t if top_k_of == "teacher" else z).topk(top_k, dim=-1).indices  # (b, k)
-        log_P, log_Q = (x.double().scatter(-1, kept, FAR).logsumexp(-1, keepdim=True) for x in (z, t))
-        tail_score = (log_P - log_Q).to(z.dtype)
+        tail_s, tail_t = (x.double().scatter(-1, kept, FAR).logsumexp(-1, keepdim=True) for x in (z, t))
+        tail_score = (tail_s - tail_t).to(z.dtype)  # of the bucket; up to the same constant as score
         score = tail_score.expand_as(score).scatter(-1, kept, score.gather(-1, kept))
-        at_top = score.gather(-1, top)
-        mean = dot(p, score.sub_(at_top))
-        rows["loss"] = (mean + at_top + (log_Y - log_Z)).clamp_(min=0)
+        shift = score.gather(-1, top)
+        mean = dot(p, score.sub_(shift))  # measured from `top` again
+        stats["loss"] = (mean + shift + (log_Z_t - log_Z_s)).clamp_(min=0)
         torch.mul(p, score.sub_(mean.to(z.dtype)), out=z)
     elif loss == "jsd":
-        d = (log_Z - log_Y).to(z.dtype) - score  # log q - log p
+        d = (log_Z_s - log_Z_t).to(z.dtype) - score  # log q - log p
         # log p - log m = -log(1 - beta + beta e^d), without overflow where d is large and exact where it is small
         weight = (d > 0).to(d.dtype).mul_(1 - 2 * beta).add_(beta)  # 1 - beta or beta
         score = -(d.clamp(min=0) + torch.log1p(weight * torch.expm1(-d.abs())))
-        rows["loss"] = (beta * dot(q, d + score) + (1 - beta) * dot(p, score)).clamp_(min=0)
+        stats["loss"] = (beta * dot(q, d + score) + (1 - beta) * dot(p, score)).clamp_(min=0)
         mean = dot(p, score.sub_(score.gather(-1, top)))
         torch.mul(p, score.sub_(mean.to(z.dtype)), out=z).mul_(1 - beta)
     elif loss == "forward_kl":
-        d = (log_Z - log_Y).to(z.dtype) - score  # log q - log p
-        rows["loss"] = dot(q, d).clamp_(min=0)
+        d = (log_Z_s - log_Z_t).to(z.dtype) - score  # log q - log p
+        stats["loss"] = dot(q, d).clamp_(min=0)
         torch.mul(torch.where(d > 0, q, -p), torch.expm1(-d.abs()), out=z)  # p - q, exact where they are close
         balance(z, top)
     else:
-        advantage = rows["teacher_logprob"] - rows["student_logprob"] if loss == "sampled_kl" else torch.ones_like(Z)
-        rows["loss"] = -advantage * rows["student_logprob"]
+        advantage = torch.ones_like(Z_s)
+        if loss == "sampled_kl":
+            advantage = stats["teacher_logprob"] - stats["student_logprob"]
+        stats["loss"] = -advantage * stats["student_logprob"]
         balance(p, y)  # p - 1_y
         torch.mul(p, advantage.to(z.dtype), out=z)
-    return rows
+    return stats
 
 
 def add_up(x: Tensor) -> Tensor:
@@ -282,6 +284,12 @@ def merge_stops(logits: Tensor, stops: Tensor) -> Tensor:
 def operand(x: Tensor, like: Tensor) -> Tensor:
     """x as a product with hidden states of the dtype of `like` wants it."""
     return x.to(torch.float32 if like.dtype.itemsize < 4 and not like.is_cuda else like.dtype)
+
+
+def logits(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
+    """(c, H), (V, H) -> (c, V)."""
+    z = matmul(hidden, head.T)
+    return z if temperature == 1 else z.div_(temperature)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

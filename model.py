@@ -47,7 +47,7 @@ def rope_frequencies(config) -> tuple[Tensor, float]:
     """
     rope, D = config.rope_parameters, head_dim_of(config)
     theta, kind = rope["rope_theta"], rope.get("rope_type", "default")
-    freq = theta ** (-torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
+    freq = theta ** (-torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)  # real numbers on "meta", too
     if kind == "default":
         return freq, 1.0
     factor = rope["factor"]
@@ -156,7 +156,7 @@ class Transformer(nn.Module):
         check_config(config)
         self.config = config
         self.frequencies, self.rope_scale = rope_frequencies(config)  # not parameters, and not in the checkpoint
-        self.recompute = False  # activations inside the blocks, in backward: less memory, a third more FLOP
+        self.recompute = False  # compute activations again in backward: less memory, a third more FLOP
         self.model = nn.Module()  # the Hugging Face trees put everything but the head under "model."
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))

@@ -11,7 +11,7 @@ and evaluation (more rows than slots):
        between prompt and response.
     2. A row that ends frees its slot for the next prompt; when no prompt is waiting, the living rows close the gaps.
     3. One uniform number per row and position, drawn from the row's seed, decides every token. So a row does not depend
-       on its neighbours, the number of slots, or the cap.
+       on its neighbours, the number of slots, or the cap (but for rounding, where a product's kernel depends on them).
 
 Read in this order: Rollout, KVCache, Decoder, sample_token, generate.
 """
@@ -47,8 +47,8 @@ class Rollout:
     lens: Tensor  # (B,) int64, response tokens, the stop token counted
     finished: Tensor  # (B,) bool: ended with a stop token of its own accord; else it was cut at the cap
     supervised: Tensor  # (B, 2) int64, first and last + 1 of the response positions to learn from
-    # Counters for the FLOP count, of tokens actually processed: prompt tokens read, sampled tokens fed back, and
-    # (query, key) pairs attended in both.
+    # Counters for the FLOP count, of useful tokens: prompt tokens read, sampled tokens fed back, and (query, key) pairs
+    # attended in both.
     prefilled: int = 0
     decoded: int = 0
     pairs: int = 0
@@ -128,8 +128,8 @@ class Decoder:
     """The sampling copy of a model: its weights in the sampling dtype, and the forward that writes token by token.
 
     q, k and v are one matrix here, as are gate and up, so that a decode step, which reads every weight for a few rows,
-    makes few calls. The weights stay at their addresses; `refresh` copies the trained ones in. `prefill` returns what
-    Transformer.forward returns for the same weights. Without gradients.
+    makes few calls. `refresh` copies the trained weights in, to the same addresses, as a CUDA graph needs it. Hidden
+    states are the Transformer's, up to rounding. Without gradients.
     """
 
     def __init__(self, model: Transformer, dtype=None, vocab: int | None = None, device=None):
@@ -142,11 +142,11 @@ class Decoder:
         self.frequencies, self.rope_scale = model.frequencies.to(self.device), model.rope_scale
         self.cache = None
         self.weights = [
-            {name: torch.empty(sum(map(len, p)), *p[0].shape[1:], dtype=self.dtype, device=self.device)
-             for name, p in group.items()}
+            {name: torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=self.dtype, device=self.device)
+             for name, parts in group.items()}
             for group in self.groups(model)
         ]
-        if model.config.tie_word_embeddings:  # no second copy of the matrix
+        if model.config.tie_word_embeddings:
             self.weights[-1]["head"] = self.weights[-1]["embed"][: self.vocab]
         self.refresh(model)
 
@@ -176,8 +176,10 @@ class Decoder:
                 group["qk_norm"] = [a.q_norm.weight.detach()[None].expand(a.heads, -1),
                                     a.k_norm.weight.detach()[None].expand(a.kv_heads, -1)]
             groups.append(group)
-        embed, norm, head = model.model.embed_tokens.weight, model.model.norm.weight, model.head
-        return [*groups, {"embed": [embed.detach()], "norm": [norm.detach()], "head": [head.detach()[: self.vocab]]}]
+        rest = {"embed": [model.model.embed_tokens.weight.detach()], "norm": [model.model.norm.weight.detach()]}
+        if not model.config.tie_word_embeddings:
+            rest["head"] = [model.head.detach()[: self.vocab]]
+        return [*groups, rest]
 
     def refresh(self, model: Transformer) -> None:
         """Copy the model's weights in, after an optimizer step."""
@@ -197,6 +199,7 @@ class Decoder:
         return self.cache
 
     def __call__(self, tokens: Tensor) -> Tensor:
+        """What Transformer.forward returns, so that a Decoder can be the teacher."""
         return self.prefill(tokens)
 
     @torch.no_grad()
@@ -214,12 +217,12 @@ class Decoder:
             return y.transpose(1, 2)  # (B, T, heads, D)
 
         positions = torch.arange(T, device=tokens.device).repeat(B)
-        return self.forward(tokens.flatten(), positions, attend).view(B, T, -1)
+        return self.run_layers(tokens.flatten(), positions, attend).view(B, T, -1)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, positions: Tensor, cache: KVCache, length: int) -> Tensor:
         """Write one token a slot: tokens (B,) at positions (B,) of the cache's first B slots -> hidden states (B, H).
-        length: a number of positions beyond which no row has written."""
+        length: positions of the cache to read, as many as the longest row has."""
         B, slots = len(tokens), torch.arange(len(tokens), device=tokens.device)
         unseen = torch.arange(length, device=tokens.device) > positions[:, None, None, None]  # (B, 1, 1, length)
         mask = torch.zeros_like(unseen, dtype=self.dtype).masked_fill_(unseen, -math.inf)
@@ -230,9 +233,9 @@ class Decoder:
             q = qkv[:, : self.heads].view(B, self.kv_heads, -1, self.head_dim)
             return F.scaled_dot_product_attention(q, *cache.read(layer, B, length), attn_mask=mask)
 
-        return self.forward(tokens, positions, attend)
+        return self.run_layers(tokens, positions, attend)
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
+    def run_layers(self, tokens: Tensor, positions: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
         """tokens (n,) at positions (n,) -> hidden states (n, H). attend(layer, qkv) gets queries, keys and values,
         (n, heads + 2 kv_heads, D), the first two rotated, and returns heads * D attended values a token."""
         *layers, rest = self.weights
@@ -297,7 +300,7 @@ def sample_token(
     total = cumulative[:, -1:]
     below = torch.minimum(uniform[:, None] * total, total * (1 - 1e-15))  # so that no token of probability 0 is taken
     token = torch.searchsorted(cumulative, below, right=True)[:, 0]  # the first whose cumulative is above
-    return token.clamp_(max=logits.shape[-1] - 1)  # beyond only where logits are not finite, which the loss reports
+    return token.clamp_(max=logits.shape[-1] - 1)  # beyond only where logits are not finite
 
 
 @torch.no_grad()
@@ -337,7 +340,7 @@ def generate(
                          f"{positions} positions of the model")
     device, cap, slots = decoder.device, max_new_tokens, min(slots or 256, len(prompts))
     cache, stops = decoder.cache_for(slots, longest + cap), torch.tensor(stop_ids, dtype=torch.long, device=device)
-    # A check which rows have ended waits for a GPU; until the next one they compute on and are ignored.
+    # Finding out which rows have ended waits for a GPU, so it is done now and then; ended rows compute on, ignored.
     check_every = 1 if device.type == "cpu" else 16
 
     # The state of the slots. The column `cap` of ids and noise is for slots whose row has ended.
@@ -407,7 +410,7 @@ def generate(
                 )
                 busy = {to: busy[s] for to, s in enumerate(living)}
 
-        # Feed the tokens back: one decode step. The rest of the cache, which no row has reached, is not read.
+        # Feed the tokens back: one decode step. What lies beyond the longest row in the cache is not read.
         length = max(len(prompts[i]) + step - start for i, start in busy.values())
         hidden = decoder.step(token, position, cache, math.ceil(length / LENGTH_STEP) * LENGTH_STEP)
     bar.close()
@@ -420,7 +423,7 @@ def generate(
 class Config:
     model: str = flag("", "checkpoint folder or hub name; empty shows the teacher and the student of --data")
     prompt: str = flag("", "your own prompt, or - to read it from standard input; empty takes a problem of --data")
-    data: str = flag("chains", "data set the problem comes from: a name or a .jsonl file")
+    data: str = flag("search", "data set the problem comes from: a name or a .jsonl file")
     index: int = flag(0, "which problem of the test set", least=0)
     lines: int = flag(40, "lines of a response to show, most of them from its beginning; 0 shows all", least=0)
     chat: str = flag("auto", "auto: through the chat template where there is one; on: demand it; off: the bare prompt")
@@ -460,8 +463,9 @@ def main(config: Config) -> None:
             raise InputError("--prompt: nothing in it, and this tokenizer puts nothing before it")
         if config.prompt and not prompt.endswith("\n") and not tokenizer.chats():
             print("note: the prompt does not end with a newline; the embedded models expect one")
-        model = Transformer.from_pretrained(folder, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-        decoder, start = Decoder(model, vocab=tokenizer.vocab_size), time.perf_counter()
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        decoder = Decoder.from_pretrained(folder, device, dtype, tokenizer.vocab_size)
+        start = time.perf_counter()
         rollout = generate(
             decoder, [ids] * config.num_samples, config.max_new_tokens,
             (*tokenizer.stop_ids, *tokenizer.stop_ids_of(config.stop_tokens)), config.temperature,

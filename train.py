@@ -14,8 +14,8 @@ Where the responses come from (--rollout student | teacher | data) and what is m
 flags, so the same loop is also supervised fine-tuning (--rollout data --loss cross_entropy), which trained the embedded
 pairs, and everything in between.
 
-Read from here down: the flags; how long the prefix is; who writes the responses; the pair of models; the loop; what a
-step costs, and --plan.
+Read from here down: the flags; how long the prefix is; the prompts; who writes the responses; the loop; what a step
+costs, and --plan.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from data import HERE, InputError, embedded_model, load_jsonl, resolve, run_command
 from data.flags import check_flags, flag, parse_flags
-from data.run import Run, find_run
+from data.run import Run, protect, restore_flags
 from eval import Pair, by_position, examine, load_pair, preflight
 from loss import LOSSES, distill_loss
 from model import checkpoint_folder, choose_device, count_flops, count_parameters, head_dim_of, load_config
@@ -45,9 +45,9 @@ class Config:
     student: str = flag("", "checkpoint folder or hub name of the model that learns; empty takes --data's own",
                         group="the pair and the data")
     teacher: str = flag("", "checkpoint folder or hub name of the frozen model that scores; empty takes --data's own")
-    init: str = flag("pretrained", "or random: only --student's configuration, with fresh weights from --seed",
+    init: str = flag("pretrained", "pretrained, or random: --student's configuration with fresh weights from --seed",
                      choices=("pretrained", "random"))
-    data: str = flag("chains", "training prompts: a name (data/NAME/train.jsonl) or a .jsonl file")
+    data: str = flag("search", "training prompts: a name (data/NAME/train.jsonl) or a .jsonl file")
     eval_data: str = flag("", "held-out problems, likewise; empty takes --data's own test split, if it has one")
     chat: str = flag("auto", "through the student's chat template where there is one; on: demand it; off: bare prompts")
     system: str = flag("", "text of a system turn before each prompt, for checkpoints with a chat template")
@@ -58,27 +58,28 @@ class Config:
     prefix_len: int = flag(1024, "sampling stops after this many tokens; lower it first if memory or time runs out",
                            group="the method", least=1)
     schedule: str = flag("constant", "how the prefix grows from --prefix_start to --prefix_len: constant (not at all), "
-                         "linear, staircase, or adaptive (when its last half has been learnt)",
+                         "linear, staircase (in stairs of an 8th of --prefix_len), or adaptive (when its last "
+                         "half has been learnt)",
                          choices=("constant", "linear", "staircase", "adaptive"))
     prefix_start: int = flag(0, "where a growing prefix starts; 0 takes a 16th of --prefix_len", least=0)
-    stair: int = flag(0, "tokens a stair of the staircase; 0 takes an 8th of --prefix_len", least=0)
     window: str = flag("prefix", "what is supervised: the prefix, where sampling stops; or, as control experiments, "
                        "the first, last or random --prefix_len tokens of responses of --max_new_tokens",
                        choices=("prefix", "first", "last", "random"))
     rollout: str = flag("student", "who writes the responses: student (on-policy), teacher, or data (its `solution`)",
                         choices=("student", "teacher", "data"))
-    mix: float = flag(0.0, "share of each batch whose responses the teacher writes, whole (up to --max_new_tokens), in "
-                      "a run of --rollout student: keeps what lies beyond a short prefix in place", least=0, most=1)
+    mix: float = flag(0.0, "share of each batch's rows whose responses the teacher writes, whole (up to "
+                      "--max_new_tokens), with --rollout student: keeps what lies beyond a short prefix in place",
+                      least=0, most=1)
     loss: str = flag("reverse_kl", f"what is minimised: {', '.join(LOSSES)}", choices=LOSSES)
     beta: float = flag(0.5, "mixture of the jsd loss", above=0, below=1)
     top_k: int = flag(64, "tokens that the topk_reverse_kl loss tells apart; all others are one bucket", least=1)
     temperature: float = flag(1.0, "of sampling and of both models' distributions in the loss", above=0, below=math.inf)
-    stop_class: bool = flag(True, "treat all stop tokens of both models as one outcome in the loss")
+    stop_class: bool = flag(True, "treat all stop tokens of both models as one outcome in losses with a teacher")
 
-    steps: int = flag(30, "optimizer steps", group="optimisation", least=1)
-    batch_size: int = flag(64, "prompts a step; lower it when memory runs out in sampling", least=1)
+    steps: int = flag(20, "optimizer steps", group="optimisation", least=1)
+    batch_size: int = flag(16, "prompts a step; lower it when memory runs out in sampling", least=1)
     lr: float = flag(5e-4, "peak learning rate; real models want 1e-6 to 1e-5", above=0, below=math.inf)
-    lr_schedule: str = flag("constant", "constant or cosine (to zero at the last step), after the warm-up",
+    lr_schedule: str = flag("cosine", "constant, or cosine (towards zero at the last step), after the warm-up",
                             choices=("constant", "cosine"))
     warmup: int = flag(2, "steps of linear warm-up", least=0)
     weight_decay: float = flag(0.0, "AdamW's, on matrices only", least=0, below=math.inf)
@@ -88,8 +89,9 @@ class Config:
     eval_every: int = flag(0, "evaluate every this many steps, besides before and after; 0 is off",
                            group="evaluation", least=0)
     eval_problems: int = flag(100, "held-out problems to answer; 0 measures no accuracy", least=0)
-    eval_kl: int = flag(32, "held-out prompts to measure the reverse KL on, over whole responses of the student, or 0",
+    eval_kl: int = flag(32, "held-out prompts to measure the reverse KL on, over whole responses; 0 is off",
                         least=0)
+    eval_batch_size: int = flag(128, "problems answered at once; lower it when memory runs out in evaluation", least=1)
     max_new_tokens: int = flag(4096, "cap on responses in evaluation, with --window and with --mix", least=1)
 
     micro_tokens: int = flag(8192, "tokens that go forward and backward at once, padding included; the result is the "
@@ -101,7 +103,7 @@ class Config:
                       choices=("", "float32", "bfloat16"))
 
     seed: int = flag(1337, "of the data order, the sampling and fresh weights", group="the run", least=0)
-    save_every: int = flag(0, "checkpoint every this many steps, besides the last; 0 is off", least=0)
+    save_every: int = flag(0, "checkpoint every this many steps, besides the last and at Ctrl-C; 0 is off", least=0)
     keep: int = flag(2, "how many checkpoints stay", least=1)
     resume: bool = flag(False, "continue the run in --out_dir from its last complete checkpoint")
     overwrite: bool = flag(False, "discard the run in --out_dir")
@@ -115,7 +117,6 @@ def complete(c: Config) -> None:
     c.student = c.student or embedded_model(c.data, "student", "student")
     c.teacher = c.teacher or (embedded_model(c.data, "teacher", "teacher") if needs_teacher else "")
     c.prefix_start = c.prefix_start or max(1, c.prefix_len // 16)
-    c.stair = c.stair or max(1, c.prefix_len // 8)
     clashes = (
         (c.loss == "sampled_kl" and (c.rollout != "student" or c.mix > 0),
          "--loss sampled_kl estimates from the student's own samples: use it with --rollout student and --mix 0"),
@@ -129,7 +130,6 @@ def complete(c: Config) -> None:
         (c.mix > 0 and c.window != "prefix", "--mix and --window exclude each other"),
         (0 < c.mix and round(c.mix * c.batch_size) == 0,
          f"--mix {c.mix} of --batch_size {c.batch_size} is less than one row: raise one of the two"),
-        (c.resume and c.overwrite, "--resume and --overwrite contradict each other"),
     )
     for clash, message in clashes:
         if clash:
@@ -148,7 +148,8 @@ def prefix_len_at(step: int, config: Config, state: dict) -> int:
     progress = min(1.0, step / max(1, config.steps - 1))
     grown = round(progress * (config.prefix_len - config.prefix_start))
     if config.schedule == "staircase" and progress < 1:
-        grown = grown // config.stair * config.stair
+        stair = max(1, config.prefix_len // 8)
+        grown = grown // stair * stair
     return config.prefix_start + grown
 
 
@@ -156,10 +157,10 @@ def grow(state: dict, kl: Tensor, position: Tensor, lens: Tensor, config: Config
     """The adaptive schedule: its next state, from a step's KL (n,) at the response positions (n,), and the lengths of
     its responses (B,).
 
-    The KL of the prefix's last half is smoothed over steps. The prefix grows by half when that KL is down to a tenth of
-    what it was in the run's first step, or has not fallen by 5% below its lowest for three steps; but only if a quarter
-    of the responses reach its end, or a longer one would hold little more. After adaptive FastOPD (arXiv 2607.29494),
-    whose four signals this reduces to two.
+    The prefix grows by half when the KL of its last half is down to a tenth of what it was in the run's first step, or,
+    smoothed over steps, has not fallen by 5% below its lowest for three steps; but only if a quarter of the responses
+    reach its end, since otherwise a longer prefix would add little. After adaptive FastOPD (arXiv 2607.29494), whose
+    four signals this reduces to two.
     """
     length = state["prefix_len"]
     edge = kl[(position >= length // 2) & (position < length)]
@@ -240,7 +241,7 @@ def batch_of(rows: list[dict], step: int, config: Config) -> list[dict]:
     return batch
 
 
-def respond(batch: list[dict], step: int, prefix_len: int, config: Config, pair: "Pair") -> tuple[Rollout, float]:
+def respond(batch: list[dict], step: int, prefix_len: int, config: Config, pair: Pair) -> tuple[Rollout, float]:
     """A response to every prompt of the batch, and the FLOP of sampling them.
 
     The first rows are the teacher's (--mix) or all of them are (--rollout teacher), or all are the data's solutions;
@@ -271,6 +272,9 @@ def respond(batch: list[dict], step: int, prefix_len: int, config: Config, pair:
     return rollout, flop
 
 
+# --- the loop
+
+
 def learning_rate(step: int, config: Config) -> float:
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
@@ -285,20 +289,19 @@ def due(step: int, config: Config) -> bool:
     return bool(config.eval_every) and step % config.eval_every == 0 and step < config.steps
 
 
-# --- the loop
-
-
 def train(config: Config) -> None:
+    resume_from = restore_flags(config) if config.resume else None
     complete(config)
     if config.plan:
         return plan(config)
+    if resume_from is None:
+        protect(config)
     keep_freed_memory()
-    resume_from = find_run(config)
     rows, test = read_prompts(config)  # before the models, which may have to be downloaded
     pair = load_pair(config, resume_from)
     encode_prompts(config, rows, pair)
     student, teacher, device, half = pair.student, pair.teacher, pair.device, pair.dtype != torch.float32
-    scored = config.loss != "cross_entropy"  # which looks at tokens only
+    scored = config.loss != "cross_entropy"  # which needs no teacher
     read_s, read_t = student, teacher
     if config.compile:
         read_s, read_t = (model and torch.compile(model, dynamic=True) for model in (student, teacher))
@@ -316,6 +319,7 @@ def train(config: Config) -> None:
     if teacher is not None and resume_from is None:
         prompts = [row["prompt"] for row in batch_of(rows, 0, config)[:16]]
         print("\n".join(preflight(pair, prompts, config)))
+    # Before the first step, or in a resumed run what an interruption left out. Random weights have nothing to measure.
     if test and not run.evaluated() and (due(run.step, config) if run.step else config.init == "pretrained"):
         examine(pair, test, config, run)
 
@@ -324,10 +328,11 @@ def train(config: Config) -> None:
     for step in bar:
         start, prefix_len = now(device), prefix_len_at(step, config, run.adaptive)
 
-        # 1. sample: responses to a batch of prompts; sampling stops after prefix_len tokens
-        rollout, flop_sample = respond(batch_of(rows, step, config), step, prefix_len, config, pair)
-        n, stats, sampled = rollout.num_supervised(), [], now(device)
         try:
+            # 1. sample: responses to a batch of prompts; sampling stops after prefix_len tokens
+            rollout = None
+            rollout, flop_sample = respond(batch_of(rows, step, config), step, prefix_len, config, pair)
+            n, parts, sampled = rollout.num_supervised(), [], now(device)
             for tokens, mask, position in rollout.micro_batches(config.micro_tokens):
                 tokens, mask = tokens.to(device), mask.to(device)  # (b, T), (b, T-1)
 
@@ -344,7 +349,7 @@ def train(config: Config) -> None:
                 )
                 must_be_finite(row_stats["loss"], position, hidden_s, hidden_t)
                 loss.backward()
-                stats.append(row_stats | {"position": position})
+                parts.append(row_stats | {"position": position})
             grad_norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf))
             if not math.isfinite(grad_norm):
                 raise FloatingPointError("the loss is finite, but the gradient is not")
@@ -352,13 +357,13 @@ def train(config: Config) -> None:
                 group["lr"] = learning_rate(step, config)
             optimizer.step()
         except (FloatingPointError, RuntimeError) as error:
-            raise failure_of(error, run, config) from None
+            raise failure_of(error, "sampling" if rollout is None else "learning", run, config) from None
         optimizer.zero_grad(set_to_none=True)
         pair.decoder.refresh(student)
 
         # log, evaluate, save
         run.step += 1
-        stats = {name: torch.cat([s[name].cpu() for s in stats]) for name in stats[0]}
+        stats = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
         seconds = {"seconds_sample": sampled - start, "seconds_learn": now(device) - sampled}
         flops = learning_flops(rollout, student.config, teacher.config if scored else None)
         flops["flop_sample"] = flop_sample
@@ -366,12 +371,12 @@ def train(config: Config) -> None:
         run.write(record | {"lr": learning_rate(step, config), "peak_memory": peak_memory(device)})
         bar.set_postfix_str(f"loss {record['loss']:.4f}, prefix_len {prefix_len}, finished {record['finish']:.0%}, "
                             f"{record['tokens_per_s']:,.0f} tok/s")
-        if config.schedule == "adaptive" and prefix_len == run.adaptive["prefix_len"]:
+        if config.schedule == "adaptive":
             run.adaptive = grow(run.adaptive, stats["kl"], stats["position"], rollout.lens, config)
-        if test and due(run.step, config) and not run.interrupted:
-            examine(pair, test, config, run)
         if run.interrupted or run.step == config.steps or (config.save_every and run.step % config.save_every == 0):
             run.save()
+        if test and due(run.step, config) and not run.interrupted:
+            examine(pair, test, config, run)
         if run.interrupted:
             break
     bar.close()
@@ -433,7 +438,7 @@ def must_be_finite(losses: Tensor, position: Tensor, hidden_s: Tensor, hidden_t:
                                     else "the hidden states are finite"))
 
 
-def failure_of(error: Exception, run: Run, config: Config) -> Exception:
+def failure_of(error: Exception, stage: str, run: Run, config: Config) -> Exception:
     """What to raise where a step failed: where the state before it was saved, and what to do."""
     out_of_memory = isinstance(error, torch.OutOfMemoryError) or any(
         words in str(error) for words in ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
@@ -441,11 +446,16 @@ def failure_of(error: Exception, run: Run, config: Config) -> Exception:
     if not out_of_memory and not isinstance(error, FloatingPointError):
         return error
     kept = f"the state before this step is in {run.save()}" if run.step else "no step had been made"
-    if out_of_memory:
-        return InputError(f"step {run.step + 1}: out of memory ({str(error).split('.')[0]}); {kept}. Go on with "
-                          f"--resume and a lower --micro_tokens (it was {config.micro_tokens}), or with --recompute")
-    return InputError(f"step {run.step + 1}: {error}; {kept}. Start another run from that --student with a lower --lr "
-                      "or --grad_clip, or --dtype float32")
+    again = "Start again (--overwrite) with"
+    if out_of_memory and stage == "learning":
+        again = "Go on with --resume and" if run.step else again
+        mend = f"{again} a lower --micro_tokens (it was {config.micro_tokens}), or with --recompute"
+    else:
+        again = "Start another run from there (--student) with" if run.step else again
+        mend = f"{again} a lower " + ("--batch_size or --prefix_len" if out_of_memory else
+                                      "--lr or --grad_clip, or with --dtype float32")
+    what = f"out of memory in {stage}" if out_of_memory else str(error)
+    return InputError(f"step {run.step + 1}: {what}; {kept}. {mend}")
 
 
 # --- what a step costs
@@ -485,7 +495,8 @@ def whole_flops(run: Run, pair: Pair, rows: list[dict], config: Config) -> float
 def plan(config: Config) -> None:
     """Print parameters, memory by part and FLOP by prefix length, from the two configurations alone.
 
-    Assumed: prompts of 64 tokens, whole responses of --max_new_tokens, and the longest response in every row.
+    Assumed: prompts of 64 tokens, whole responses of --max_new_tokens, the longest response in every row, and sampling
+    that stops at the prefix. Evaluation is not counted: its cache grows with --eval_batch_size x --max_new_tokens.
     """
     prompt, whole, length = 64, config.max_new_tokens, longest_response(config)
     on_gpu = choose_device(config.device).type == "cuda"
@@ -499,11 +510,11 @@ def plan(config: Config) -> None:
     heads = s.num_attention_heads * D + s.num_key_value_heads * D
     norms = 4 * H + (2 * heads if s.model_type == "qwen3" else 0)
     block = 4 * norms + size * (2 * H + 2 * heads + 4 * s.intermediate_size)
-    tokens, L = max(config.micro_tokens, prompt + length), s.num_hidden_layers
-    activations = tokens * (4 * H * L + block if config.recompute else block * L)
+    tokens, layers = max(config.micro_tokens, prompt + length), s.num_hidden_layers
+    activations = tokens * (4 * H * layers + block if config.recompute else block * layers)
     chunk = min(256, tokens) * V * 4 * (9 if on_gpu else 2.5)
-    writer = t if config.rollout == "teacher" else s
-    kv = 2 * writer.num_hidden_layers * writer.num_key_value_heads * head_dim_of(writer)
+    writers = [t] if config.rollout == "teacher" else [s, t] if config.mix else [s]
+    kv = sum(2 * w.num_hidden_layers * w.num_key_value_heads * head_dim_of(w) for w in writers)
     always = {"student: float32 weights": 4 * P, "student: AdamW's moments": 8 * P,
               "student: copy that samples": packed * size * P, "teacher": packed * size * P_t,
               "KV cache": kv * (prompt + length) * slots * size * (config.rollout != "data")}
@@ -522,11 +533,11 @@ def plan(config: Config) -> None:
     by_teacher = row_flops("teacher", scored, s, t, prompt, whole)  # what --mix adds
     full = sum(row_flops(config.rollout, scored, s, t, prompt, whole))
     print(f"\nTFLOP a step\n  {'prefix_len':>10} {'sampling':>12} {'teacher':>12} {'student':>12} {'all':>12}  saving")
-    for L in sorted({min(config.prefix_len, whole), whole, *(whole >> k for k in range(1, 8) if whole >> k)}):
-        parts = row_flops(config.rollout, scored, s, t, prompt, L)
+    for cut in sorted({min(config.prefix_len, whole), whole, *(whole >> k for k in range(1, 8) if whole >> k)}):
+        parts = row_flops(config.rollout, scored, s, t, prompt, cut)
         parts = [(1 - mix) * part + mix * other for part, other in zip(parts, by_teacher)]
         shown = (f"{config.batch_size * x / 1e12:12.4g}" for x in (*parts, sum(parts)))
-        print(f"  {L:10,} {' '.join(shown)}  {full / sum(parts):5.1f}x")
+        print(f"  {cut:10,} {' '.join(shown)}  {full / sum(parts):5.1f}x")
 
 
 if __name__ == "__main__":

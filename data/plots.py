@@ -26,12 +26,12 @@ def axes(rows: int, columns: int, width: float = 5.0, height: float = 3.2):
 def draw(kind: str, numbers: dict, out: str) -> None:
     """The picture of a diagnostic of eval.py, its numbers beside it as .json."""
     path = Path(out or f"{kind}.{'html' if kind == 'tokens' else 'png'}")
+    path.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n")
     if kind == "tokens":
         path.write_text(tokens_page(numbers), encoding="utf-8")
     else:
         figure = draw_positions(numbers) if kind == "positions" else draw_teacher_prefix(numbers)
         figure.savefig(path, dpi=130)
-    path.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n")
     print(f"written: {path} and {path.with_suffix('.json')}")
 
 
@@ -116,7 +116,7 @@ def read_run(folder: Path) -> dict:
                 f"{kind}_accuracy": r["accuracy"], f"{kind}_finish": r["finish"], f"{kind}_length": r["mean_len"]}
     config = json.loads((folder / "config.json").read_text())
     if config["schedule"] == "constant":  # then these mean nothing
-        config |= {"prefix_start": None, "stair": None}
+        config["prefix_start"] = None
     return {"config": config, "points": [points[s] for s in sorted(points)]}
 
 
@@ -130,17 +130,20 @@ def group_runs(folders: list[str]) -> dict[str, list[dict]]:
         groups.setdefault(name or "all runs", []).append(run)
 
     def by_number(name: str) -> list:
-        return [(0, float(w), "") if re.fullmatch(r"[\d.e-]+", w) else (1, 0.0, w) for w in name.split()]
+        words = [word.rstrip(",") for word in name.split()]
+        return [(0, float(w), "") if re.fullmatch(r"\d[\d.e-]*", w) else (1, 0.0, w) for w in words]
 
     return {name: groups[name] for name in sorted(groups, key=by_number)}
 
 
 def cost_to_reach(points: list[dict], key: str, goal: float, cost: str = "flop") -> float:
     """The cost at which a metric first reaches the goal, interpolated between evaluations; nan if it never does."""
+    if points[0][key] >= goal:
+        return points[0][cost]
     for a, b in itertools.pairwise(points):
         if a[key] < goal <= b[key]:
             return a[cost] + (b[cost] - a[cost]) * (goal - a[key]) / (b[key] - a[key])
-    return 0.0 if points and points[0][key] >= goal else math.nan
+    return math.nan
 
 
 def metric_at(points: list[dict], key: str, cost: str, spent: float) -> float:

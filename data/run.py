@@ -25,45 +25,53 @@ MAY_CHANGE = {"steps", "eval_every", "save_every", "keep", "resume", "overwrite"
               "device", "micro_tokens", "recompute", "compile"}
 
 
-def find_run(config) -> Path | None:
-    """The checkpoint to resume from, or None for a fresh run. Refuses to destroy or mix up an earlier run. With
-    --resume, `config` gets the run's own settings for all flags that were not given on the command line."""
+def restore_flags(config) -> Path:
+    """The checkpoint to resume from. `config` gets the run's own settings for all flags that were not given on the
+    command line; those that were given must not change what the run is."""
+    out = Path(config.out_dir)
+    if config.overwrite:
+        raise InputError("--resume and --overwrite contradict each other")
+    complete = checkpoints(out)
+    if not complete:
+        raise InputError(f"--resume: no complete checkpoint in --out_dir {out}")
+    before = read_json(complete[-1] / "state.json")["config"]
+    given = getattr(config, "typed", set(before))  # a config made in code means all it says
+    for name in before.keys() - {"resume", "overwrite", "out_dir", "plan"}:
+        empty = name in ("student", "teacher", "prefix_start", "dtype") and not getattr(config, name)  # filled in later
+        if hasattr(config, name) and (name not in given or empty):
+            setattr(config, name, before[name])
+    now = asdict(config)
+    was = {name: before.get(name, now[name]) for name in now if name not in ("resume", "overwrite", "out_dir", "plan")}
+    differ = {name: f"--{name} is {now[name]!r} and was {w!r}" for name, w in was.items() if w != now[name]}
+    barred = [line for name, line in differ.items() if name not in MAY_CHANGE]
+    if barred:
+        raise InputError(f"--resume of {out}: " + "; ".join(barred) + ". Only these may change: "
+                         + ", ".join(f"--{name}" for name in now if name in MAY_CHANGE))
+    for line in differ.values():
+        print(f"resuming: {line}")
+    if config.steps != before["steps"]:
+        for name, paces in (("schedule", ("linear", "staircase")), ("lr_schedule", ("cosine",))):
+            if getattr(config, name) in paces:
+                raise InputError(f"--resume: --steps cannot change: --steps {before['steps']} set the pace of "
+                                 f"--{name} {getattr(config, name)}")
+    return complete[-1]
+
+
+def protect(config) -> None:
+    """Refuse an out_dir where a fresh run would destroy an earlier run, a model, or anything that is no run's."""
     out = Path(config.out_dir)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out_dir {out} is a file, expected a folder")
-    if config.resume:
-        complete = checkpoints(out)
-        if not complete:
-            raise InputError(f"--resume: no complete checkpoint in --out_dir {out}")
-        before = read_json(complete[-1] / "state.json")["config"]
-        for name in before.keys() - {"resume", "overwrite", "out_dir", "plan"}:
-            if hasattr(config, name) and name not in getattr(config, "typed", before):
-                setattr(config, name, before[name])
-        now = asdict(config)
-        was = {name: before.get(name, now[name]) for name in now if name not in ("resume", "overwrite", "out_dir")}
-        differ = {name: f"--{name} is {now[name]!r} and was {w!r}" for name, w in was.items() if w != now[name]}
-        barred = [line for name, line in differ.items() if name not in MAY_CHANGE]
-        if barred:
-            raise InputError(f"--resume of {out}: " + "; ".join(barred) + ". Only these may change: "
-                             + ", ".join(f"--{name}" for name in now if name in MAY_CHANGE))
-        for line in differ.values():
-            print(f"resuming: {line}")
-        paced = f"--schedule {config.schedule}" if config.schedule in ("linear", "staircase") else "--lr_schedule"
-        if config.steps != before["steps"] and (paced != "--lr_schedule" or config.lr_schedule == "cosine"):
-            raise InputError(f"--resume: --steps cannot change: --steps {before['steps']} set the pace of {paced}")
-        return complete[-1]
-    if files_of_run(out) and not config.overwrite:
-        go_on = "continue it with --resume, " if checkpoints(out) else ""
-        raise InputError(f"--out_dir {out} already holds a run; {go_on}discard it with --overwrite")
     if (out / "model.safetensors").exists() or (not files_of_run(out) and (out / "config.json").exists()):
         raise InputError(f"--out_dir {out} holds a model or a config.json that is none of a run's: choose another")
     for name in ("student", "teacher"):
-        used, target = Path(getattr(config, name) or "-").resolve(), out.resolve()
-        if used == target or target in used.parents and any(old.resolve() in (used, *used.parents)
-                                                            for old in files_of_run(out)):
+        used = Path(getattr(config, name) or "-").resolve()
+        if used == out.resolve() or any(old.resolve() in (used, *used.parents) for old in files_of_run(out)):
             raise InputError(f"--out_dir {out} is or holds --{name} {getattr(config, name)}, which would be deleted: "
                              "choose another")
-    return None
+    if files_of_run(out) and not config.overwrite:
+        go_on = "continue it with --resume, " if checkpoints(out) else ""
+        raise InputError(f"--out_dir {out} already holds a run; {go_on}discard it with --overwrite")
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -112,9 +120,11 @@ class Run:
         if resume_from is None:
             for path in files_of_run(self.out):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-        else:
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+        for torn in self.out.glob(".step_*.incomplete"):  # of a kill inside `save`
+            shutil.rmtree(torn)
+        if resume_from is not None:
             self.load(resume_from)
             if self.log.is_file():  # records after the checkpoint will be written again; a torn last line goes
                 temporary = self.log.with_name("log.jsonl.incomplete")

@@ -37,7 +37,7 @@ def read(folder: str, rollout: Rollout, vocab: int = 644) -> list[torch.Tensor]:
 def sample(c, who: int) -> Rollout:
     students, teacher, _, stop_ids, rows = evaluation.load_models(c)
     writer = (*students.values(), teacher)[who]
-    return evaluation.respond(writer, [row["prompt_ids"] for row in rows[: c.num_problems]], c, stop_ids)
+    return evaluation.sample_responses(writer, [row["prompt_ids"] for row in rows[: c.num_problems]], c, stop_ids)
 
 
 def test_positions_are_the_definition_by_thirds_of_an_octave(tmp_path):
@@ -115,7 +115,7 @@ def test_tokens_page_takes_no_text_for_markup(tmp_path, monkeypatch):
 def fake_run(folder: Path, prefix_len: int, seed: int, accuracies: list[float]) -> str:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({
-        "prefix_len": prefix_len, "seed": seed, "schedule": "constant", "stair": prefix_len // 8, "out_dir": "x"}))
+        "prefix_len": prefix_len, "seed": seed, "schedule": "constant", "out_dir": "x"}))
     lines = []
     for step, a in enumerate(accuracies):
         if step:

@@ -9,7 +9,7 @@ mkdir -p $to
 run() {  # name, then flags
     name=$1; shift
     for seed in 1 2 3; do
-        [ -d "$to/${name}_seed$seed/step_000030" ] || python train.py --data chains --seed $seed --steps 30 \
+        [ -d "$to/${name}_seed$seed/step_000030" ] || python train.py --data chains --seed $seed --steps 30 --lr_schedule constant \
             --batch_size 64 --lr 5e-4 --max_new_tokens 512 --eval_every 5 --eval_problems 200 --eval_kl 50 \
             --save_every 10 --keep 3 --out_dir "$to/${name}_seed$seed" --overwrite "$@"
     done
@@ -17,7 +17,7 @@ run() {  # name, then flags
 
 for length in 4 8 16 32 1024; do run prefix$length --prefix_len $length; done
 run linear --prefix_len 128 --prefix_start 4 --schedule linear
-run staircase --prefix_len 128 --prefix_start 4 --schedule staircase --stair 16
+run staircase --prefix_len 128 --prefix_start 4 --schedule staircase
 run adaptive --prefix_len 128 --prefix_start 4 --schedule adaptive
 
 python eval.py runs $to/prefix*_seed? --out $to/prefixes.png | tee $to/prefixes.txt

@@ -10,7 +10,7 @@ mkdir -p $to
 run() {  # name, then flags
     name=$1; shift
     for seed in 1 2 3; do
-        [ -d "$to/${name}_seed$seed/step_000030" ] || python train.py --data walk --batch_size 64 --lr 5e-4 --steps 30 \
+        [ -d "$to/${name}_seed$seed/step_000030" ] || python train.py --data walk --batch_size 64 --lr 5e-4 --steps 30 --lr_schedule constant \
             --seed $seed --eval_every 10 --eval_problems 150 --eval_kl 50 --max_new_tokens 200 \
             --out_dir "$to/${name}_seed$seed" --overwrite "$@"
     done

@@ -150,8 +150,8 @@ def evaluate(
     if not all(encoded):
         raise InputError(f"problem {encoded.index([])}: its prompt is empty")
     seeds = seeds_of(seed, len(rows), num_samples)
-    records, done_problems = list(done or []), {r["problem"] for r in done or []}
-    waiting = [(i, k) for i in range(len(rows)) if i not in done_problems for k in range(num_samples)]
+    records, have = list(done or []), {(r["problem"], r["sample"]) for r in done or []}
+    waiting = [(i, k) for i in range(len(rows)) for k in range(num_samples) if (i, k) not in have]
     waiting.sort(key=lambda place: -len(encoded[place[0]]))  # prompts of one length are read together
     at_once = max(1, 512 // num_samples) * num_samples
     for part in (waiting[n : n + at_once] for n in range(0, len(waiting), at_once)):
@@ -160,17 +160,17 @@ def evaluate(
             seeds=[seeds[i][k] for i, k in part], slots=slots, progress=progress,
         )
         new = []
-        for n, (i, _) in enumerate(part):
+        for n, (i, k) in enumerate(part):
             text, answer = tokenizer.decode(rollout.text_ids(n)), rows[i]["answer"]
             new.append({
-                "problem": i, "prompt": rows[i]["prompt"], "answer": answer, "response": text,
+                "problem": i, "sample": k, "prompt": rows[i]["prompt"], "answer": answer, "response": text,
                 "ids": rollout.response(n), "extracted": extract_answer(text), "correct": is_correct(text, answer),
                 "finished": bool(rollout.finished[n]), "tokens": int(rollout.lens[n]),
             })
         records += new
         if keep is not None:
             keep(new)
-    records.sort(key=lambda r: r["problem"])
+    records.sort(key=lambda r: (r["problem"], r["sample"]))
     return {**summarize(records, num_samples), "seconds": time.perf_counter() - start}, records
 
 
@@ -468,25 +468,20 @@ def drop_ids(record: dict) -> dict:
 
 
 def kept_responses(config: Config, folder: Path) -> list[dict]:
-    """Responses of an earlier evaluation that was interrupted: those of problems that have all their samples. The first
-    line of the file says what they depend on, and must be the same."""
+    """Responses of an earlier evaluation that was interrupted. The first line of the file says what they depend on, and
+    must be the same."""
+    free = ("out", "device", "batch_size", "compare", "model", "num_problems")  # responses do not depend on these
     file = Path(config.out).with_suffix(".jsonl")
-    free = ("out", "device", "batch_size", "compare", "model", "num_problems")
     made = {k: v for k, v in asdict(config).items() if k not in free}
-    dtype = choose_device(config.device).type == "cuda"
-    made = json.loads(json.dumps({**made, "half precision": dtype, "weights": fingerprint(folder)}))
-    records = read_log(file) if file.is_file() else []
-    if file.is_file() and records[:1] != [made]:
+    made |= {"on cuda": choose_device(config.device).type == "cuda", "weights": fingerprint(folder)}
+    records = read_log(file) if file.is_file() else [made]
+    if records[:1] != [made]:
         raise InputError(f"--out: {file} exists and holds something else, or responses made with other flags or "
                          "weights: name another file, or delete it")
-    complete = {}
-    for r in records[1:]:
-        complete.setdefault(r["problem"], []).append(r)
-    kept = [r for group in complete.values() if len(group) == config.num_samples for r in group]
-    file.write_text("".join(json.dumps(r) + "\n" for r in (made, *kept)), encoding="utf-8")  # without a torn line
-    if kept:
-        print(f"{len(kept)} responses are in {file} already")
-    return kept
+    file.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")  # without a torn line
+    if len(records) > 1:
+        print(f"{len(records) - 1} responses are in {file} already")
+    return records[1:]
 
 
 # --- the paper's observations: each returns what its picture in data/plots.py shows

@@ -15,6 +15,7 @@ configurations and folders are accepted.
 
 import difflib
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -316,25 +317,26 @@ def choose_device(name: str) -> torch.device:
     """The device a flag names; an empty name takes the GPU where there is one. Raises InputError when it cannot be
     used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    # cuDNN's attention, the first choice on recent cards, plans a kernel for every new shape: seconds at every step
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
-        torch.empty(1, device=name)
+        return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().split(". ")[0]
         raise InputError(f"--device {name}: cannot be used here ({reason})") from None
-    return torch.device(name)
 
 
 def checkpoint_folder(path: str | Path, files: tuple[str, ...] = ("*.json", "*.safetensors", "*.jinja")) -> Path:
-    """The local folder of a checkpoint given as a folder, as one of those in data/ (`chains/teacher`), or as the name
-    of a repository on the Hugging Face hub, of which `files` are downloaded and cached."""
-    for folder in (Path(path), HERE / path):
-        if folder.is_dir():
-            steps = sorted(folder.glob("step_*")) if (folder / "log.jsonl").is_file() else []
-            if steps:
-                raise InputError(f"{path} is a run's folder; its checkpoints are {', '.join(map(str, steps))}")
-            return folder
-    there = [str(f) for f in Path(path).parent.glob("*") if f.is_dir()]
-    there += [f"{f.parent.parent.name}/{f.parent.name}" for f in HERE.glob("*/*/config.json")]
+    """The local folder of a checkpoint given as a folder, or as the name of a repository on the Hugging Face hub, of
+    which `files` are downloaded and cached."""
+    folder = Path(path)
+    if folder.is_dir():
+        steps = sorted(folder.glob("step_*")) if (folder / "log.jsonl").is_file() else []
+        if steps:
+            raise InputError(f"{path} is a run's folder; its checkpoints are {', '.join(map(str, steps))}")
+        return folder
+    there = [str(f) for f in folder.parent.glob("*") if f.is_dir()]
+    there += [os.path.relpath(f.parent) for f in HERE.glob("*/*/config.json")]
     near = difflib.get_close_matches(str(path), there, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):

@@ -135,7 +135,7 @@ class Decoder:
     def __init__(self, model: Transformer, dtype=None, vocab: int | None = None, device=None):
         """dtype, device: by default the model's. vocab: the number of real tokens; ids beyond it are never sampled."""
         self.config, self.dtype = model.config, dtype or model.head.dtype
-        self.device = torch.device(device or model.head.device)
+        self.device = torch.empty(0, device=device or model.head.device).device  # "cuda" is cuda:0 from here on
         self.vocab = vocab or len(model.head)
         self.heads, self.kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
         self.head_dim, self.eps = head_dim_of(model.config), model.config.rms_norm_eps

@@ -99,7 +99,7 @@ def read_log(log: Path) -> list[dict]:
 
 def fingerprint(folder: Path) -> list[list]:
     """Identifies a checkpoint's weights: name, size and a checksum of the last megabyte of each file."""
-    found = []
+    found: list[list] = []
     for file in sorted(folder.glob("*.safetensors")):
         with open(file, "rb") as handle:
             handle.seek(max(0, file.stat().st_size - 2**20))

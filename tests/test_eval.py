@@ -85,7 +85,7 @@ def test_an_evaluation_that_was_interrupted_goes_on(tmp_path, capsys):
     assert len(lines) == 1 + 2 * 6 == 1 + len(whole["responses"])
     out.write_text("".join(lines[:6]) + lines[6][:30])  # killed in the middle of a line
     run(*flags)
-    assert "4 responses are in" in capsys.readouterr().out
+    assert "5 responses are in" in capsys.readouterr().out
     assert json.loads((tmp_path / "out.json").read_text())["responses"] == whole["responses"]
     for other in (("--temperature", "0.8"), ("--model", TEACHER)):
         with pytest.raises(InputError, match="or responses made with other flags or weights"):

@@ -13,7 +13,6 @@ from data import HERE
 from data.flags import parse_flags
 from data.tokenizer import Tokenizer
 from loss import LOSSES, distill_loss
-from model import Transformer
 from sample import Decoder, generate
 from tests.fake_cuda import CudaTensor, fake_cuda
 

@@ -276,15 +276,6 @@ def test_splitting_the_rows_changes_nothing():
         assert torch.allclose(a, b, atol=1e-14)
 
 
-def test_two_stop_ids_of_one_class_are_not_punished():
-    """Both stop with certainty, by different ids: without the class tens of nats, with it nothing."""
-    eye = torch.eye(6, dtype=torch.float64) * 60
-    hidden_s, hidden_t = torch.eye(6, dtype=torch.float64)[[2]], torch.eye(6, dtype=torch.float64)[[5]]
-    apart, _ = distill_loss(hidden_s, eye, hidden_t, eye)
-    merged, _ = distill_loss(hidden_s, eye, hidden_t, eye, stop_ids=(2, 5))
-    assert apart > 50 and abs(merged) < 1e-12
-
-
 def test_no_rows_give_a_zero_that_backpropagates():
     hidden_s, head_s, hidden_t, head_t, targets, _ = make(n=0)
     loss, stats = distill_loss(hidden_s, head_s, hidden_t, head_t, targets=targets)

@@ -164,31 +164,38 @@ def mean_and_range(values: list[float]) -> str:
 
 
 def draw_runs(folders: list[str], out: str, goals: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9)) -> None:
-    """Draw the metrics of run folders against FLOP, tokens and seconds, the mean over seeds with a band from the lowest
-    to the highest; print what it took to reach each accuracy, and what all had reached for the same cost."""
+    """Draw accuracies and KL of run folders against FLOP, the mean over seeds with bars from the lowest to the highest;
+    print what it took to reach each accuracy, and what all had reached for the same cost."""
     groups = group_runs(folders)
     metrics = {k: v for k, v in METRICS.items()
                if all(k in p for runs in groups.values() for r in runs for p in r["points"])}
     if not metrics or not all(r["points"] for runs in groups.values() for r in runs):
         raise InputError("runs: no metric was evaluated in all of these runs; train with --eval_every")
-    figure, grid = axes(len(metrics), len(COSTS), 4.6, 2.8)
+    shown = [k for k in ("sampled_accuracy", "greedy_accuracy", "kl") if k in metrics]
+    figure, grid = axes(1, len(shown), 4.6, 3.6)
     numbers: dict = {}
     for number, (name, runs) in enumerate(groups.items()):
         steps = sorted(set.intersection(*({p["step"] for p in r["points"]} for r in runs)))
         at = [[next(p for p in r["points"] if p["step"] == s) for s in steps] for r in runs]  # (runs, steps)
         numbers[name] = {"seeds": [r["config"]["seed"] for r in runs], "steps": steps, "points": at}
         color, style = COLORS[number % 8], STYLES[number // 8 % 4]
-        for (i, key), (j, cost) in itertools.product(enumerate(metrics), enumerate(COSTS)):
-            x = [sum(p[cost] for p in points) / len(runs) for points in zip(*at)]
-            y = [[p[key] for p in points] for points in zip(*at)]  # (steps, runs)
-            panel = grid[i, j]
-            panel.plot(x, [sum(v) / len(v) for v in y], style, marker="o", markersize=3, color=color, label=name)
-            panel.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=color, alpha=0.15)
-            panel.set(xlabel=COSTS[cost], ylabel=metrics[key] if j == 0 else None,
-                      yscale="log" if key == "kl" else "linear")
-    grid[0, 0].legend(fontsize=7)
+        for panel, key in zip(grid[0], shown):
+            later = [points for points in zip(*at) if points[0]["flop"] > 0]  # (steps, runs); the start is a line
+            x = [sum(p["flop"] for p in points) / len(runs) for points in later]
+            y = [[p[key] for p in points] for points in later]
+            middle = [sum(v) / len(v) for v in y]
+            spread = [[m - min(v) for m, v in zip(middle, y)], [max(v) - m for m, v in zip(middle, y)]]
+            panel.errorbar(x, middle, spread, fmt=style + "o", markersize=4, capsize=3, color=color, label=name)
+            panel.set(xlabel="training FLOP", title=metrics[key], xscale="log")
+            panel.set_yscale("log" if key == "kl" else "linear")
+            before = [p[key] for points in at for p in points if p["flop"] == 0]
+            if before and number == 0:
+                panel.axhline(sum(before) / len(before), color="grey", linestyle=":", linewidth=1)
+                panel.text(0.02, sum(before) / len(before), "before", color="grey", va="bottom", fontsize=8,
+                           transform=panel.get_yaxis_transform())
+    grid[0, 0].legend(fontsize=8)
     several = max(len(runs) for runs in groups.values())
-    figure.suptitle(f"Mean over seeds (up to {several}); band: lowest to highest seed", fontsize=11)
+    figure.suptitle(f"Mean over seeds (up to {several}); bars: lowest to highest seed", fontsize=10)
 
     for key, goal in itertools.product([k for k in metrics if k.endswith("accuracy")], goals):
         needed = {n: [cost_to_reach(r["points"], key, goal) for r in runs] for n, runs in groups.items()}

@@ -180,19 +180,15 @@ def draw_runs(folders: list[str], out: str, goals: tuple[float, ...] = (0.5, 0.7
         numbers[name] = {"seeds": [r["config"]["seed"] for r in runs], "steps": steps, "points": at}
         color, style = COLORS[number % 8], STYLES[number // 8 % 4]
         for panel, key in zip(grid[0], shown):
-            later = [points for points in zip(*at) if points[0]["flop"] > 0]  # (steps, runs); the start is a line
-            x = [sum(p["flop"] for p in points) / len(runs) for points in later]
-            y = [[p[key] for p in points] for points in later]
+            x = [sum(p["flop"] for p in points) / len(runs) / 1e12 for points in zip(*at)]
+            y = [[p[key] for p in points] for points in zip(*at)]  # (steps, runs)
             middle = [sum(v) / len(v) for v in y]
-            spread = [[m - min(v) for m, v in zip(middle, y)], [max(v) - m for m, v in zip(middle, y)]]
+            low, high = [min(v) for v in y], [max(v) for v in y]
+            spread = [[max(0, m - x) for m, x in zip(middle, low)], [max(0, x - m) for m, x in zip(middle, high)]]
             panel.errorbar(x, middle, spread, fmt=style + "o", markersize=4, capsize=3, color=color, label=name)
-            panel.set(xlabel="training FLOP", title=metrics[key], xscale="log")
+            panel.set(xlabel="training TFLOP", title=metrics[key])
             panel.set_yscale("log" if key == "kl" else "linear")
-            before = [p[key] for points in at for p in points if p["flop"] == 0]
-            if before and number == 0:
-                panel.axhline(sum(before) / len(before), color="grey", linestyle=":", linewidth=1)
-                panel.text(0.02, sum(before) / len(before), "before", color="grey", va="bottom", fontsize=8,
-                           transform=panel.get_yaxis_transform())
+            panel.grid(alpha=0.3)
     grid[0, 0].legend(fontsize=8)
     several = max(len(runs) for runs in groups.values())
     figure.suptitle(f"Mean over seeds (up to {several}); bars: lowest to highest seed", fontsize=10)

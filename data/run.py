@@ -217,7 +217,9 @@ class Run:
         print(f"  seconds: sampling {total['sample']:.1f}, scoring and learning {total['learn']:.1f}, evaluations "
               f"{sum(r['seconds'] for r in evals):.1f}\n  {final['total_tokens_trained']:,} tokens trained on, "
               f"{flop / 1e12:.3g} TFLOP, {flop / final['total_seconds'] / 1e9:.1f} GFLOP/s")
-        if whole is not None:
+        if whole is not None and not cut:
+            print("  the prefix cut none of the responses: this was plain on-policy distillation")
+        elif whole is not None:
             print(f"  the prefix cut {cut:.0%} of the responses; on whole ones the same steps would have cost about "
                   f"{whole / 1e12:.3g} TFLOP, {whole / flop:.1f} times as much")
         print(f"  checkpoint {self.saved}\n  talk to it: python sample.py --model {self.saved} --data "

@@ -111,7 +111,7 @@ def bootstrap(values: list[float], seed: int = 0, resamples: int = 2000) -> tupl
 
 
 def pass_at(k: int, n: int, right: int) -> float:
-    """The chance that k of n samples, drawn without replacement, hold a right one: unbiased for pass@k (Chen et al.
+    """The chance that k of n samples, picked without replacement, hold a right one: unbiased for pass@k (Chen et al.
     2021, arXiv 2107.03374, equation 1)."""
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
@@ -603,7 +603,7 @@ if __name__ == "__main__":
         config = parse_flags(Config, __doc__, sys.argv[2:])
         if not Path(config.out).resolve().parent.is_dir():
             stop(f"--out {config.out}: there is no folder {Path(config.out).parent}")
-        run_command(lambda c: plots.draw(command, diagnostics[command](c), c.out), config)
+        run_command(lambda c: plots.draw_diagnostic(command, diagnostics[command](c), c.out), config)
     elif command:
         stop(f"{command}: no such command; {', '.join(diagnostics)} and runs are; flags alone measure accuracy")
     else:

@@ -10,7 +10,7 @@ and evaluation (more rows than slots):
     1. Each row writes its keys and values at its own positions, so prompts of different lengths need no padding
        between prompt and response.
     2. A row that ends frees its slot for the next prompt; when no prompt is waiting, the living rows close the gaps.
-    3. One uniform number per row and position, drawn from the row's seed, decides every token. So a row does not depend
+    3. One uniform number per row and position, made from the row's seed, decides every token. So a row does not depend
        on its neighbours, the number of slots, or the cap (but for rounding, where a product's kernel depends on them).
 
 Read in this order: Rollout, KVCache, Decoder, sample_token, generate.
@@ -183,8 +183,8 @@ class Decoder:
 
     def refresh(self, model: Transformer) -> None:
         """Copy the model's weights in, after an optimizer step."""
-        for mine, theirs in zip(self.weights, self.groups(model)):
-            for name, parts in theirs.items():
+        for mine, parts_by_name in zip(self.weights, self.groups(model)):
+            for name, parts in parts_by_name.items():
                 for piece, p in zip(mine[name].split([len(p) for p in parts]), parts):
                     piece.copy_(p)
             pack(mine)

@@ -23,7 +23,7 @@ def axes(rows: int, columns: int, width: float = 5.0, height: float = 3.2):
     return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
 
 
-def draw(kind: str, numbers: dict, out: str) -> None:
+def draw_diagnostic(kind: str, numbers: dict, out: str) -> None:
     """The picture of a diagnostic of eval.py, its numbers beside it as .json."""
     path = Path(out or f"{kind}.{'html' if kind == 'tokens' else 'png'}")
     path.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n")

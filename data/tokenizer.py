@@ -273,9 +273,9 @@ def check_same(student: Tokenizer, teacher: Tokenizer) -> None:
     Distillation compares the two models id by id; a longer vocabulary on one side is fine, another meaning is not.
     """
     for i in range(min(student.vocab_size, teacher.vocab_size)):
-        if (ours := student.token_bytes(i)) != (theirs := teacher.token_bytes(i)):
+        if (ours := student.token_bytes(i)) != (other := teacher.token_bytes(i)):
             raise InputError(
-                f"student and teacher have different tokenizers: id {i} is {ours!r} in {student.folder} and {theirs!r} "
+                f"student and teacher have different tokenizers: id {i} is {ours!r} in {student.folder} and {other!r} "
                 f"in {teacher.folder}. Choose a pair of one family"
             )
 

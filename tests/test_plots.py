@@ -55,7 +55,7 @@ def test_positions_are_the_definition_by_thirds_of_an_octave(tmp_path):
         assert curve[name] == pytest.approx([x[:, column].mean().item() for x in bins], rel=1e-3, abs=1e-6), name
     expected = [1.96 * x[:, 0].std(correction=0).item() / len(x) ** 0.5 for x in bins]
     assert curve["kl_half_width"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
-    plots.draw("positions", found, str(tmp_path / "p.png"))
+    plots.draw_diagnostic("positions", found, str(tmp_path / "p.png"))
     assert json.loads((tmp_path / "p.json").read_text()) == found and (tmp_path / "p.png").stat().st_size > 10_000
 
 
@@ -80,7 +80,7 @@ def test_teacher_prefix_gives_what_it_says(tmp_path, capsys):
     # who is given everything is as right as the one who wrote it
     assert ours[-1]["accuracy"] == other[0]["accuracy"] and other[-1]["accuracy"] == ours[0]["accuracy"]
     assert ours[0]["accuracy"] < ours[1]["accuracy"] and "k = 4: accuracy" in capsys.readouterr().out
-    plots.draw("teacher_prefix", found, str(tmp_path / "p.png"))
+    plots.draw_diagnostic("teacher_prefix", found, str(tmp_path / "p.png"))
     assert json.loads((tmp_path / "p.json").read_text()) == found and (tmp_path / "p.png").stat().st_size > 10_000
     with pytest.raises(InputError, match="--lens many: expected numbers"):
         evaluation.teacher_prefix(config("--lens", "many"))

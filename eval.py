@@ -17,6 +17,7 @@ written as .json, data/plots.py draws them.
 Read from here down: a pair of models; accuracy; KL; what train.py asks before and during a run; the diagnostics.
 """
 
+import itertools
 import json
 import math
 import sys
@@ -31,10 +32,11 @@ from torch import Tensor
 from data import InputError, embedded_model, load_jsonl, plots, read_json, resolve, run_command, stop
 from data.answers import Verifier, extract_answer, is_correct
 from data.flags import check_flags, flag, parse_flags
+from data.ranks import gather, join, rank, world
 from data.run import Run, fingerprint, read_log
 from data.tokenizer import Tokenizer, check_same, prompted_as_trained
 from loss import distill_loss
-from model import Transformer, checkpoint_folder, choose_device, count_parameters, load_config
+from model import Transformer, checkpoint_folder, choose_device, count_parameters, load_config, shard
 from sample import Decoder, Rollout, generate, shorten
 
 # --- a pair of models
@@ -42,9 +44,9 @@ from sample import Decoder, Rollout, generate, shorten
 
 @dataclass
 class Pair:
-    student: Transformer | None  # float32 weights for the optimizer: at a rate of 1e-6 a bfloat16 weight would not move
+    student: Transformer  # float32 weights for the optimizer: at a rate of 1e-6 a bfloat16 weight would not move
     decoder: Decoder  # the student's sampling copy
-    teacher: Decoder | None  # it only ever reads and writes, so it needs no Transformer
+    teacher: Decoder | Transformer | None  # a Decoder reads and writes; sharded over ranks, it only reads
     tokenizer: Tokenizer
     teacher_tokenizer: Tokenizer | None
     vocab: int  # real tokens of both
@@ -75,7 +77,13 @@ def load_pair(config, resume_from: Path | None) -> Pair:
     files = ("*.json", "*.jinja") if config.init == "random" else ("*.json", "*.safetensors", "*.jinja")
     dtype, folder = getattr(torch, config.dtype), checkpoint_folder(config.student, files)
     tokenizer, teachers, vocab, stop_ids = load_tokenizers(config, folder, config.teacher)
-    teacher = Decoder.from_pretrained(config.teacher, device, dtype, vocab) if config.teacher else None
+    teacher = None
+    if config.teacher and config.shard_teacher:
+        teacher = Transformer.from_pretrained(config.teacher, device, dtype).requires_grad_(False)
+        teacher = shard(teacher, config.shard, dtype)
+    elif config.teacher:
+        there = choose_device(config.teacher_device) if config.teacher_device else device
+        teacher = Decoder.from_pretrained(config.teacher, there, dtype, vocab)
     if resume_from is None and config.init == "random":
         student = Transformer(load_config(folder)).initialize(config.seed).to(device)
     else:
@@ -85,10 +93,12 @@ def load_pair(config, resume_from: Path | None) -> Pair:
         raise InputError(f"--student: its tokenizer has {vocab} ids, its head {len(student.head)} rows")
     print(f"student {config.student}: {count_parameters(student.config):,} parameters, float32"
           + (f"; teacher {config.teacher}: {count_parameters(teacher.config):,}, {config.dtype}" if teacher else ""))
-    print(f"vocabulary {vocab:,} of {len(student.head):,} rows; stop tokens "
+    decoder = Decoder(student, dtype, vocab)
+    student = shard(student, config.shard, dtype) if config.shard > 1 else student
+    print(f"vocabulary {vocab:,} of {student.config.vocab_size:,} rows; stop tokens "
           + ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in stop_ids)
           + (" (one class)" if config.stop_class and len(stop_ids) > 1 else ""))
-    return Pair(student, Decoder(student, dtype, vocab), teacher, tokenizer, teachers, vocab, stop_ids, device, dtype)
+    return Pair(student, decoder, teacher, tokenizer, teachers, vocab, stop_ids, device, dtype)
 
 
 # --- accuracy
@@ -143,21 +153,23 @@ def evaluate(
 
     done: records of an earlier, interrupted call with the same arguments, which are taken as they are. keep(records) is
     called with new ones as they come, some hundreds at a time. A response depends on its own seed alone, so neither
-    changes the result, nor does `slots`. See `summarize` for the summary; `seconds` is this call's.
+    changes the result, nor does `slots`. Several ranks share the problems, and each returns all records. See
+    `summarize` for the summary; `seconds` is this call's.
     """
-    start = time.perf_counter()
+    start, timeouts = time.perf_counter(), Verifier.timeouts
     encoded = [tokenizer.encode_prompt(row["prompt"]) for row in rows]
     if not all(encoded):
         raise InputError(f"problem {encoded.index([])}: its prompt is empty")
     seeds = seeds_of(seed, len(rows), num_samples)
-    records, have = list(done or []), {(r["problem"], r["sample"]) for r in done or []}
+    mine, have = [], {(r["problem"], r["sample"]) for r in done or []}
     waiting = [(i, k) for i in range(len(rows)) for k in range(num_samples) if (i, k) not in have]
     waiting.sort(key=lambda place: -len(encoded[place[0]]))  # prompts of one length are read together
+    waiting = waiting[rank() :: world()]
     at_once = max(1, 512 // num_samples) * num_samples
     for part in (waiting[n : n + at_once] for n in range(0, len(waiting), at_once)):
         rollout = generate(
             decoder, [encoded[i] for i, _ in part], max_new_tokens, stop_ids, temperature, top_k, top_p,
-            seeds=[seeds[i][k] for i, k in part], slots=slots, progress=progress,
+            seeds=[seeds[i][k] for i, k in part], slots=slots, progress=progress and rank() == 0,
         )
         new = []
         for n, (i, k) in enumerate(part):
@@ -167,9 +179,12 @@ def evaluate(
                 "ids": rollout.response(n), "extracted": extract_answer(text), "correct": is_correct(text, answer),
                 "finished": bool(rollout.finished[n]), "tokens": int(rollout.lens[n]),
             })
-        records += new
+        mine += new
         if keep is not None:
             keep(new)
+    records = [*(done or []), *itertools.chain(*gather(mine))]
+    if timeouts := sum(gather(Verifier.timeouts - timeouts)):
+        print(f"WARNING: math-verify took too long over {timeouts} answers, which count as wrong")
     records.sort(key=lambda r: (r["problem"], r["sample"]))
     return {**summarize(records, num_samples), "seconds": time.perf_counter() - start}, records
 
@@ -177,7 +192,7 @@ def evaluate(
 def summarize(records: list[dict], num_samples: int) -> dict[str, float]:
     """Of records in the order of problems, `num_samples` for each: accuracy (the mean over problems of the share of
     right samples, avg@k) with low and high (95% over problems: Wilson's for one sample, else by bootstrap), pass@k for
-    k = 1, 2, 4, ... (unbiased), finish (share of responses ended by themselves), accuracy_given_finish (nan if none
+    k = 1, 2, 4, ... (unbiased), finish (share of responses ended by themselves), accuracy_given_finish (None if none
     ended), no_answer, capped, mean_len, rms_len, median_len, len_95 (tokens)."""
     n, ended = len(records), [r for r in records if r["finished"]]
     right = [sum(r["correct"] for r in records[i : i + num_samples]) for i in range(0, n, num_samples)]
@@ -189,7 +204,7 @@ def summarize(records: list[dict], num_samples: int) -> dict[str, float]:
         "accuracy": sum(right) / n, "low": low, "high": high,
         **{f"pass@{k}": sum(pass_at(k, num_samples, r) for r in right) / len(right) for k in ks},
         "finish": len(ended) / n,
-        "accuracy_given_finish": sum(r["correct"] for r in ended) / len(ended) if ended else math.nan,
+        "accuracy_given_finish": sum(r["correct"] for r in ended) / len(ended) if ended else None,
         "no_answer": sum(r["extracted"] is None for r in records) / n, "capped": 1 - len(ended) / n,
         "mean_len": lens.mean().item(), "rms_len": lens.square().mean().sqrt().item(),
         "median_len": lens.median().item(), "len_95": lens.quantile(0.95).item(),
@@ -238,9 +253,10 @@ def score(
     """Per response token, in the order of micro_batches: its position, and the statistics of distill_loss; float64."""
     stats: dict[str, list] = {}
     for tokens, mask, position in rollout.micro_batches(micro_tokens):
-        tokens, mask = tokens.to(student.device), mask.to(student.device)
+        tokens, mask, there = tokens.to(student.device), mask.to(student.device), teacher.device
+        hidden_t = teacher(tokens[:, :-1].to(there))[mask.to(there)].to(student.device)
         _, found = distill_loss(
-            student(tokens[:, :-1])[mask], student.head, teacher(tokens[:, :-1])[mask], teacher.head,
+            student(tokens[:, :-1])[mask], student.head, hidden_t, teacher.head.to(student.device),
             temperature=temperature, targets=tokens[:, 1:][mask], stop_ids=stop_ids,
         )
         for name, x in {**found, "position": position}.items():
@@ -290,9 +306,10 @@ def preflight(pair: Pair, prompts: list[str], config) -> list[str]:
                        seeds=[config.seed + i for i in range(len(encoded))])
     first, last, ended = [], [], []  # (2, vocab) log-probabilities of student and teacher at a response's two ends
     for i, prompt in enumerate(encoded):
-        row = torch.tensor([prompt + rollout.response(i)[:-1]], device=pair.device)
-        log_p = torch.stack([m.logits(m(row)[0, [len(prompt) - 1, -1]]).log_softmax(-1).cpu()
-                             for m in (pair.decoder, pair.teacher)])  # (2 models, 2 places, vocab)
+        row = torch.tensor([prompt + rollout.response(i)[:-1]])
+        hidden = [m(row.to(m.device))[0, [len(prompt) - 1, -1]] for m in (pair.decoder, pair.teacher)]  # (2 places, H)
+        log_p = torch.stack([(h @ m.head[: pair.vocab].T).float().log_softmax(-1).cpu()
+                             for h, m in zip(hidden, (pair.decoder, pair.teacher))])  # (2 models, 2 places, vocab)
         first.append(log_p[:, 0])
         if rollout.finished[i]:
             last.append(log_p[:, 1])
@@ -339,7 +356,7 @@ def examine(pair: Pair, test: list[dict], config, run: Run) -> None:
     """Measure the student, and before the first step the teacher, on held-out problems: log it, say it in a line, and
     show one response. A student is measured greedily, sampled, and by its KL to the teacher on what it sampled."""
     jobs = [("student", "greedy", 0.0), ("student", "sampled", config.temperature)]
-    if run.step == 0 and pair.teacher is not None:
+    if run.step == 0 and isinstance(pair.teacher, Decoder):
         jobs = [("teacher", "greedy", 0.0), *jobs]
     done = {(r["eval"], r["kind"]) for r in run.records() if "eval" in r and r["step"] == run.step}  # before a kill
     jobs, said, shown, sampled = [job for job in jobs if job[:2] not in done], [], "", None
@@ -370,7 +387,7 @@ def examine(pair: Pair, test: list[dict], config, run: Run) -> None:
         run.write({"step": run.step, "eval": "student", "kind": "kl", **found, "seconds": time.perf_counter() - start})
         said.append(f"held-out KL {found['kl']:.4f} nats a token")
     pair.decoder.cache = None  # larger than a training step's
-    if pair.teacher is not None:
+    if isinstance(pair.teacher, Decoder):
         pair.teacher.cache = None
     print(f"step {run.step}: {', '.join(said)}")
     if shown:
@@ -415,6 +432,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Accuracy of one model on one data set."""
+    join()
     check_flags(config)
     if config.compare:
         files = config.compare.split(",")
@@ -432,7 +450,8 @@ def main(config: Config) -> None:
     prompted_as_trained(config, folder)
     tokenizer, _, vocab, stop_ids = load_tokenizers(config, folder, "")
     decoder = Decoder.from_pretrained(path, device, torch.bfloat16 if device.type == "cuda" else torch.float32, vocab)
-    file, done = (Path(config.out).with_suffix(".jsonl"), kept_responses(config, folder)) if config.out else (None, [])
+    file = Path(config.out).with_suffix(".jsonl") if config.out else None
+    done = gather(kept_responses(config, folder) if file is not None and rank() == 0 else [])[0]
 
     def keep(records: list[dict]) -> None:
         if file is not None:
@@ -450,13 +469,11 @@ def main(config: Config) -> None:
           f"{config.temperature}, seed {config.seed}; {found['seconds']:.1f} s\n"
           f"accuracy {found['accuracy']:.3f} (95%: {found['low']:.3f} to {found['high']:.3f})"
           + "".join(f", {k} {v:.3f}" for k, v in found.items() if k.startswith("pass@"))
-          + f"\nP(finish) {found['finish']:.3f}, accuracy if finished {found['accuracy_given_finish']:.3f}, without an "
-          f"answer {found['no_answer']:.3f}\nlength: mean {found['mean_len']:.1f}, median {found['median_len']:.0f}, "
+          + f"\nP(finish) {found['finish']:.3f}, accuracy if finished {found['accuracy_given_finish'] or 0:.3f}, "
+          f"without an answer {found['no_answer']:.3f}\n"
+          f"length: mean {found['mean_len']:.1f}, median {found['median_len']:.0f}, "
           f"95% below {found['len_95']:.0f} tokens; cut at {config.max_new_tokens}: {found['capped']:.3f}")
-    if Verifier.timeouts:
-        print(f"WARNING: math-verify took too long over {Verifier.timeouts} answers, which count as wrong; if the "
-              "machine was busy, evaluate again")
-    if config.out:
+    if config.out and rank() == 0:
         text = json.dumps({"config": asdict(config), "summary": found, "responses": list(map(drop_ids, records))},
                           indent=1)
         Path(config.out).write_text(text + "\n", encoding="utf-8")

@@ -9,8 +9,8 @@ head is a (V, H) matrix that sampling applies to one position a row and the loss
     hidden = model(tokens)                 # (B, T) -> (B, T, H)
     logits = hidden @ model.head.T         # (B, T, V), for those who can afford it
 
-Read in this order: RMSNorm, rotary embedding, Attention, MLP, Block, Transformer; then what a model costs, and which
-configurations and folders are accepted.
+Read in this order: RMSNorm, rotary embedding, Attention, MLP, Block, Transformer; then how a large one is sharded, what
+a model costs, and which configurations and folders are accepted.
 """
 
 import difflib
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data import HERE, InputError, read_json
+from data.ranks import world
 
 
 class RMSNorm(nn.Module):
@@ -170,6 +171,10 @@ class Transformer(nn.Module):
         """The (V, H) matrix that turns hidden states into logits; the embedding itself when the two are tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
+    @property
+    def device(self) -> torch.device:
+        return self.head.device
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Hidden states after the final norm: tokens (B, T) -> (B, T, H). Every token sees itself and what stands
         before it in its row, so rows of different lengths are padded on the right, where padding is not seen."""
@@ -248,15 +253,45 @@ class Transformer(nn.Module):
         model.load_state_dict(weights, assign=True)
         return model
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write config.json and model.safetensors; transformers and vLLM load the folder as it is."""
+    def save_pretrained(self, folder: str | Path, dtype=None, weights: dict[str, Tensor] | None = None) -> None:
+        """Write config.json and model.safetensors; transformers and vLLM load the folder as it is. dtype: of the file,
+        by default the weights' own. weights: the whole ones by name, where the model itself is sharded."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         dtype = dtype or self.head.dtype
         self.config.dtype = dtype
         self.config.save_pretrained(folder)
-        weights = {name: p.detach().to("cpu", dtype).contiguous() for name, p in self.named_parameters()}
+        weights = weights or {name: p.detach() for name, p in self.named_parameters()}
+        weights = {name: w.to("cpu", dtype).contiguous() for name, w in weights.items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# --- a model that is too large for one device
+
+
+def shard(model: Transformer, group: int, dtype: torch.dtype) -> Transformer:
+    """Split the model over groups of `group` ranks, and keep a copy in each group (torch's FSDP2). Afterwards a
+    parameter is a DTensor that holds one rank's part; forward gathers a block's weights when it comes to it, in
+    `dtype`, and backward leaves the sum over all ranks of the gradients, in float32.
+
+    Embedding, final norm and head are gathered together by forward and stay so until backward ends: read `head` after
+    forward. All ranks must run forward and backward equally often, since they wait for each other there, and never
+    forward alone: the weights it gathered would be used again after the optimizer's step.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(model.device.type, (world() // group, group), mesh_dim_names=("replicate", "shard"))
+    half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    options = {"mesh": mesh, "mp_policy": half if dtype.itemsize < 4 else MixedPrecisionPolicy()}
+    for block in model.model.layers:
+        fully_shard(block, **options)
+    fully_shard(model, reshard_after_forward=False, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # the sum over ranks, not the mean: the loss has been divided already
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return model
 
 
 # --- what a model costs
@@ -314,12 +349,14 @@ def check_config(config) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device a flag names; an empty name takes the GPU where there is one. Raises InputError when it cannot be
-    used."""
+    """The device a flag names; an empty name takes the GPU where there is one, and each rank of torchrun its own.
+    Raises InputError when it cannot be used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     # cuDNN's attention, the first choice on recent cards, plans a kernel for every new shape: seconds at every step
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
+        if name == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().split(". ")[0]

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from data import InputError, embedded_model, load_jsonl, resolve, run_command
 from data.flags import check_flags, flag, parse_flags
+from data.ranks import full
 from data.tokenizer import Tokenizer, prompted_as_trained
 from model import Transformer, checkpoint_folder, choose_device, head_dim_of, rope_tables, rotate
 
@@ -159,9 +160,11 @@ class Decoder:
     def head(self) -> Tensor:
         return self.weights[-1]["head"]  # (vocab, H)
 
-    def groups(self, model: Transformer) -> list[dict[str, list[Tensor]]]:
-        """The model's parameters, one dictionary a layer and one for the rest: those in one list are joined."""
-        groups = []
+    def groups(self, model: Transformer) -> Iterator[dict[str, list[Tensor]]]:
+        """The model's parameters, one dictionary a layer and then one for the rest: those in one list are joined."""
+        def weight(module, name: str = "weight") -> Tensor:
+            return full(getattr(module, name).detach().to(self.dtype))  # of a sharded model, gathered layer by layer
+
         for block in model.model.layers:
             a, m = block.self_attn, block.mlp
             modules = {
@@ -169,24 +172,22 @@ class Decoder:
                 "mlp_norm": [block.post_attention_layernorm], "gate_up": [m.gate_proj, m.up_proj],
                 "down": [m.down_proj],
             }
-            group = {name: [x.weight.detach() for x in xs] for name, xs in modules.items()}
-            group |= {f"{name}_bias": [x.bias.detach() for x in xs] for name, xs in modules.items()
+            group = {name: [weight(x) for x in xs] for name, xs in modules.items()}
+            group |= {f"{name}_bias": [weight(x, "bias") for x in xs] for name, xs in modules.items()
                       if getattr(xs[0], "bias", None) is not None}
             if hasattr(a, "q_norm"):  # one gain for every head of q and of k
-                group["qk_norm"] = [a.q_norm.weight.detach()[None].expand(a.heads, -1),
-                                    a.k_norm.weight.detach()[None].expand(a.kv_heads, -1)]
-            groups.append(group)
-        rest = {"embed": [model.model.embed_tokens.weight.detach()], "norm": [model.model.norm.weight.detach()]}
+                group["qk_norm"] = [weight(a.q_norm).expand(a.heads, -1), weight(a.k_norm).expand(a.kv_heads, -1)]
+            yield group
+        rest = {"embed": [weight(model.model.embed_tokens)], "norm": [weight(model.model.norm)]}
         if not model.config.tie_word_embeddings:
-            rest["head"] = [model.head.detach()[: self.vocab]]
-        return [*groups, rest]
+            rest["head"] = [weight(model.lm_head)[: self.vocab]]
+        yield rest
 
     def refresh(self, model: Transformer) -> None:
         """Copy the model's weights in, after an optimizer step."""
         for mine, parts_by_name in zip(self.weights, self.groups(model)):
             for name, parts in parts_by_name.items():
-                for piece, p in zip(mine[name].split([len(p) for p in parts]), parts):
-                    piece.copy_(p)
+                torch.cat(parts, out=mine[name])
             pack(mine)
 
     def cache_for(self, slots: int, max_len: int) -> KVCache:

@@ -24,6 +24,8 @@ import re
 import signal
 import sys
 import time
+import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +35,8 @@ from tqdm import tqdm
 
 from data import HERE, InputError, embedded_model, load_jsonl, resolve, run_command
 from data.flags import check_flags, flag, parse_flags
-from data.run import Run, protect, restore_flags
+from data.ranks import add_up, full, gather, join, rank, world
+from data.run import Run, Unbroken, claim, fingerprint, restore_flags
 from eval import Pair, by_position, examine, load_pair, preflight
 from loss import LOSSES, distill_loss
 from model import checkpoint_folder, choose_device, count_flops, count_parameters, head_dim_of, load_config
@@ -82,9 +85,6 @@ class Config:
     lr_schedule: str = flag("cosine", "constant, or cosine (towards zero at the last step), after the warm-up",
                             choices=("constant", "cosine"))
     warmup: int = flag(2, "steps of linear warm-up", least=0)
-    weight_decay: float = flag(0.0, "AdamW's, on matrices only", least=0, below=math.inf)
-    beta2: float = flag(0.98, "AdamW's second moment", least=0, below=1)
-    grad_clip: float = flag(1.0, "largest gradient norm; 0 turns clipping off", least=0)
 
     eval_every: int = flag(0, "evaluate every this many steps, besides before and after; 0 is off",
                            group="evaluation", least=0)
@@ -99,20 +99,25 @@ class Config:
     recompute: bool = flag(False, "keep only the blocks' inputs for backward: much less memory, a third more FLOP")
     compile: bool = flag(False, "torch.compile the two forwards of learning: minutes of warm-up")
     device: str = flag("", "cpu, cuda, cuda:1, ...; empty chooses")
+    teacher_device: str = flag("", "another device for the teacher; empty takes --device")
+    shard: int = flag(1, "split the student, its gradients and moments over this many ranks of torchrun", least=1)
+    shard_teacher: bool = flag(False, "split the teacher over them too")
     dtype: str = flag("", "float32 or bfloat16 for forward passes (the student's weights stay float32); empty chooses",
                       choices=("", "float32", "bfloat16"))
 
     seed: int = flag(1337, "of the data order, the sampling and fresh weights", group="the run", least=0)
-    save_every: int = flag(0, "checkpoint every this many steps, besides the last and at Ctrl-C; 0 is off", least=0)
-    keep: int = flag(2, "how many checkpoints stay", least=1)
+    save_every: int = flag(0, "checkpoint every this many steps, besides the last and at Ctrl-C; 0 is off; two stay",
+                           least=0)
     resume: bool = flag(False, "continue the run in --out_dir from its last complete checkpoint")
     overwrite: bool = flag(False, "discard the run in --out_dir")
     plan: bool = flag(False, "only print what the run would take, from the two config.json alone")
+    world: int = flag(1, "ranks that --plan counts with", least=1)
 
 
 def complete(c: Config) -> None:
     """Refuse flags that contradict each other, and fill in those that follow from others."""
     check_flags(c)
+    ranks = c.world if c.plan else world()
     needs_teacher = c.loss != "cross_entropy" or c.rollout == "teacher" or c.mix > 0
     c.student = c.student or embedded_model(c.data, "student", "student")
     c.teacher = c.teacher or (embedded_model(c.data, "teacher", "teacher") if needs_teacher else "")
@@ -130,6 +135,10 @@ def complete(c: Config) -> None:
         (c.mix > 0 and c.window != "prefix", "--mix and --window exclude each other"),
         (0 < c.mix and round(c.mix * c.batch_size) == 0,
          f"--mix {c.mix} of --batch_size {c.batch_size} is less than one row: raise one of the two"),
+        (c.batch_size < ranks, f"--batch_size {c.batch_size} is less than one row for each of {ranks} ranks"),
+        (ranks % c.shard, f"--shard {c.shard}: {ranks} ranks are no multiple of it; start as many with torchrun"),
+        (c.shard_teacher and (c.shard == 1 or c.mix or c.rollout == "teacher" or c.teacher_device),
+         "--shard_teacher needs --shard, and excludes --mix, --rollout teacher and --teacher_device"),
     )
     for clash, message in clashes:
         if clash:
@@ -245,34 +254,39 @@ def respond(batch: list[dict], step: int, prefix_len: int, config: Config, pair:
     """A response to every prompt of the batch, and the FLOP of sampling them.
 
     The first rows are the teacher's (--mix) or all of them are (--rollout teacher), or all are the data's solutions;
-    the student writes the others. Of whole responses, a --window picks the tokens to supervise.
+    the student writes the others. Of whole responses, a --window picks the tokens to supervise. Of several ranks, each
+    takes its rows; what is random is drawn for the whole batch, so that it does not depend on their number.
     """
     generator = torch.Generator().manual_seed(config.seed + 104729 * (step + 1))
     seeds = torch.randint(2**63 - 1, (len(batch),), generator=generator).tolist()
-    prompts, responses, flop = [row["prompt_ids"] for row in batch], [], 0.0
+    where = torch.rand(len(batch), generator=generator, dtype=torch.float64)[rank() :: world()]
+    mine = range(rank(), len(batch), world())
+    prompts, responses, flop = [batch[i]["prompt_ids"] for i in mine], [], 0.0
     cap = prefix_len if config.window == "prefix" else config.max_new_tokens
     by_teacher = len(batch) if config.rollout == "teacher" else round(config.mix * len(batch))
     if config.rollout == "data":
-        responses = [[*row["solution_ids"], pair.tokenizer.eos_id][:cap] for row in batch]
+        responses = [[*batch[i]["solution_ids"], pair.tokenizer.eos_id][:cap] for i in mine]
     else:
         whole = config.max_new_tokens if config.mix else cap
-        for writer, rows, most in ((pair.teacher, range(by_teacher), whole),
-                                   (pair.decoder, range(by_teacher, len(batch)), cap)):
-            if len(rows):
-                part = generate(writer, [prompts[i] for i in rows], most, pair.stop_ids, config.temperature,
+        for writer, rows, most in ((pair.teacher, [i for i in mine if i < by_teacher], whole),
+                                   (pair.decoder, [i for i in mine if i >= by_teacher], cap)):
+            if rows:
+                part = generate(writer, [batch[i]["prompt_ids"] for i in rows], most, pair.stop_ids, config.temperature,
                                 seeds=[seeds[i] for i in rows])
                 responses += [part.response(i) for i in range(len(rows))]
                 flop += count_flops(writer.config, part.prefilled + part.decoded, part.pairs, int(part.lens.sum()))
     rollout = Rollout.of(prompts, responses, pair.stop_ids)
     if config.window != "prefix":
         rest = (rollout.lens - prefix_len).clamp(min=0)  # tokens outside the window
-        random = (torch.rand(len(rest), generator=generator, dtype=torch.float64) * (rest + 1)).long()
-        start = {"first": rest * 0, "last": rest, "random": random}[config.window]
+        start = {"first": rest * 0, "last": rest, "random": (where * (rest + 1)).long()}[config.window]
         rollout.supervised = torch.stack((start, (start + prefix_len).minimum(rollout.lens)), dim=1)
     return rollout, flop
 
 
 # --- the loop
+
+# A micro-batch without a supervised token, for a rank that has fewer of them than the others: tokens, mask, position.
+NOTHING = (torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 1, dtype=torch.bool), torch.zeros(0, dtype=torch.long))
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -290,32 +304,39 @@ def due(step: int, config: Config) -> bool:
 
 
 def train(config: Config) -> None:
+    join()
     resume_from = restore_flags(config) if config.resume else None
     complete(config)
     if config.plan:
-        return plan(config)
-    if resume_from is None:
-        protect(config)
+        plan(config)
+        return
+    with claim(config):  # no other run may write to --out_dir meanwhile
+        distill(config, resume_from)
+
+
+def distill(config: Config, resume_from: Path | None) -> None:
+    """The run: what it needs, then its steps."""
     keep_freed_memory()
     rows, test = read_prompts(config)  # before the models, which may have to be downloaded
     pair = load_pair(config, resume_from)
     encode_prompts(config, rows, pair)
-    student, teacher, device, half = pair.student, pair.teacher, pair.device, pair.dtype != torch.float32
+    student, teacher, device, half = pair.student, pair.teacher, pair.device, pair.dtype.itemsize < 4
     scored = config.loss != "cross_entropy"  # which needs no teacher
+    there = teacher.device if scored else device
+    head_copy = None if there == device else teacher.head.to(device)  # beside the loss
     read_s, read_t = student, teacher
     if config.compile:
         read_s, read_t = (model and torch.compile(model, dynamic=True) for model in (student, teacher))
-    matrices, vectors = ([p for p in student.parameters() if (p.dim() > 1) == many] for many in (True, False))
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=config.lr, betas=(0.9, config.beta2), fused=True,
-    )
+    optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     loss_options = {
         "loss": config.loss, "temperature": config.temperature, "beta": config.beta, "top_k": config.top_k,
         "vocab": pair.vocab, "stop_ids": pair.stop_ids if config.stop_class and scored else (),
     }
-    run = Run(config, student, pair.tokenizer, pair.stop_ids, optimizer, resume_from)
-    print(f"{len(rows):,} prompts, {len(test):,} held-out; {device}")
+    inputs = {"file of --data": zlib.crc32(resolve(config.data, "train").read_bytes())}
+    if teacher is not None:
+        inputs["teacher's weights"] = fingerprint(checkpoint_folder(config.teacher))
+    run = Run(config, pair, optimizer, resume_from, inputs)
+    print(f"{len(rows):,} prompts, {len(test):,} held-out; {device}" + f", {world()} ranks" * (world() > 1))
     if teacher is not None and resume_from is None:
         prompts = [row["prompt"] for row in batch_of(rows, 0, config)[:16]]
         print("\n".join(preflight(pair, prompts, config)))
@@ -323,56 +344,68 @@ def train(config: Config) -> None:
     if test and not run.evaluated() and (due(run.step, config) if run.step else config.init == "pretrained"):
         examine(pair, test, config, run)
 
-    signal.signal(signal.SIGINT, run.interrupt)  # Ctrl-C ends the run after this step
-    bar = tqdm(range(run.step, config.steps), initial=run.step, total=config.steps, desc="train")
+    for name in (signal.SIGINT, signal.SIGTERM) if world() == 1 else (signal.SIGINT,):
+        signal.signal(name, run.interrupt)  # ends the run after this step
+    bar = tqdm(range(run.step, config.steps), initial=run.step, total=config.steps, desc="train", disable=rank() > 0)
     for step in bar:
-        start, prefix_len = now(device), prefix_len_at(step, config, run.adaptive)
+        start, prefix_len, parts = now(device), prefix_len_at(step, config, run.adaptive), []
 
-        try:
-            # 1. sample: responses to a batch of prompts; sampling stops after prefix_len tokens
-            rollout = None
+        # 1. sample: responses to this rank's prompts of the batch; sampling stops after prefix_len tokens
+        with together("sampling", run, config):
             rollout, flop_sample = respond(batch_of(rows, step, config), step, prefix_len, config, pair)
-            n, parts, sampled = rollout.num_supervised(), [], now(device)
-            for tokens, mask, position in rollout.micro_batches(config.micro_tokens):
+            micro_batches = list(rollout.micro_batches(config.micro_tokens))
+        counts = gather((rollout.num_supervised(), len(micro_batches)))
+        n, most = sum(c[0] for c in counts), max(c[1] for c in counts)
+        micro_batches += [NOTHING] * (most - len(micro_batches))  # all ranks read equally often
+        sampled = now(device)
+
+        with together("learning", run, config):
+            for tokens, mask, position in micro_batches:
                 tokens, mask = tokens.to(device), mask.to(device)  # (b, T), (b, T-1)
 
                 # 2. score: the teacher reads the same tokens
-                hidden_t = read_t(tokens[:, :-1])[mask] if scored else None  # (n, H_t)
+                hidden_t = head_t = None
+                if scored:
+                    hidden_t = read_t(tokens[:, :-1].to(there))[mask.to(there)].to(device)  # (n, H_t)
+                    head_t = teacher.head if head_copy is None else head_copy
 
                 # 3. learn: a token weighs 1 / (supervised tokens of the step), however the step is split
-                with torch.autocast(device.type, dtype=pair.dtype, enabled=half):
+                with torch.autocast(device.type, dtype=pair.dtype, enabled=half and config.shard == 1):
                     hidden_s = read_s(tokens[:, :-1])[mask].to(pair.dtype)  # (n, H_s)
                 weights, targets = torch.full((len(hidden_s),), 1 / n, device=device), tokens[:, 1:][mask]
                 loss, row_stats = distill_loss(
-                    hidden_s, student.head, hidden_t, teacher.head if scored else None, token_weights=weights,
-                    targets=targets, **loss_options,
+                    hidden_s, student.head, hidden_t, head_t, token_weights=weights, targets=targets, **loss_options,
                 )
-                must_be_finite(row_stats["loss"], position, hidden_s, hidden_t)
                 loss.backward()
                 parts.append(row_stats | {"position": position})
-            grad_norm = float(torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf))
+            stats = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+            must_be_finite(stats)
+        if config.shard == 1:  # else backward has done it
+            add_up([p.grad for p in student.parameters()])
+        with together("the optimizer's step", run, config):
+            grad_norm = float(full(torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)))
             if not math.isfinite(grad_norm):
                 raise FloatingPointError("the loss is finite, but the gradient is not")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
             optimizer.step()
-        except (FloatingPointError, RuntimeError) as error:
-            raise failure_of(error, "sampling" if rollout is None else "learning", run, config) from None
         optimizer.zero_grad(set_to_none=True)
         pair.decoder.refresh(student)
 
         # log, evaluate, save
         run.step += 1
-        stats = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
-        seconds = {"seconds_sample": sampled - start, "seconds_learn": now(device) - sampled}
         flops = learning_flops(rollout, student.config, teacher.config if scored else None)
         flops["flop_sample"] = flop_sample
-        record = record_of(run, prefix_len, rollout, stats, seconds, flops, grad_norm)
+        seen = gather({"stats": stats, "lens": rollout.lens, "finished": rollout.finished, "flops": flops,
+                       "interrupted": run.interrupted})
+        run.interrupted = any(r["interrupted"] for r in seen)
+        seconds = {"seconds_sample": sampled - start, "seconds_learn": now(device) - sampled}
+        stats, lens, record = record_of(run, prefix_len, seen, seconds, grad_norm)
         run.write(record | {"lr": learning_rate(step, config), "peak_memory": peak_memory(device)})
         bar.set_postfix_str(f"loss {record['loss']:.4f}, prefix_len {prefix_len}, finished {record['finish']:.0%}, "
                             f"{record['tokens_per_s']:,.0f} tok/s")
         if config.schedule == "adaptive":
-            run.adaptive = grow(run.adaptive, stats["kl"], stats["position"], rollout.lens, config)
+            run.adaptive = grow(run.adaptive, stats["kl"], stats["position"], lens, config)
         if run.interrupted or run.step == config.steps or (config.save_every and run.step % config.save_every == 0):
             run.save()
         if test and due(run.step, config) and not run.interrupted:
@@ -386,17 +419,21 @@ def train(config: Config) -> None:
     run.summarize(whole_flops(run, pair, rows, config) if test else None)
 
 
-def record_of(run: Run, prefix_len: int, rollout: Rollout, stats: dict, seconds: dict, flops: dict, grad_norm) -> dict:
-    """A step's record in log.jsonl (data/readme.md explains its fields); brings the run's totals up to date."""
-    n, took, flop = rollout.num_supervised(), sum(seconds.values()), sum(flops.values())
-    sampled = 0 if run.config.rollout == "data" else int(rollout.lens.sum())
-    for name, value in (("tokens_sampled", sampled), ("tokens_trained", n), ("flop", flop), ("seconds", took)):
+def record_of(run: Run, prefix_len: int, ranks: list[dict], seconds: dict, grad_norm: float) -> tuple:
+    """From what each rank has seen of a step: its statistics by token, the lengths of its responses, and its record in
+    log.jsonl (data/readme.md explains the fields). Brings the run's totals up to date."""
+    stats = {name: torch.cat([r["stats"][name] for r in ranks]) for name in ranks[0]["stats"]}
+    lens, finished = (torch.cat([r[name] for r in ranks]) for name in ("lens", "finished"))
+    flops = {name: sum(r["flops"][name] for r in ranks) for name in ranks[0]["flops"]}
+    n, took, flop = len(stats["position"]), sum(seconds.values()), sum(flops.values())
+    sampled = 0 if run.config.rollout == "data" else int(lens.sum())
+    for name, value in zip(run.totals, (sampled, n, flop, took)):
         run.totals[name] += value
-    return {
+    return stats, lens, {
         "step": run.step, "prefix_len": prefix_len,
         **{name: x.double().mean().item() for name, x in stats.items() if name != "position"},
         "kl_by_position": by_position(stats["kl"], stats["position"]) if "kl" in stats else {},
-        "finish": rollout.finished.double().mean().item(), "response_len": rollout.lens.double().mean().item(),
+        "finish": finished.double().mean().item(), "response_len": lens.double().mean().item(),
         "tokens": n, **flops, **seconds, "tokens_per_s": n / took, "flop_per_s": flop / took, "grad_norm": grad_norm,
         **{f"total_{name}": x for name, x in run.totals.items()},
     }
@@ -427,35 +464,47 @@ def keep_freed_memory() -> None:
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
 
 
-def must_be_finite(losses: Tensor, position: Tensor, hidden_s: Tensor, hidden_t: Tensor | None) -> None:
-    """Raise FloatingPointError where a row's loss is not finite, naming places and causes."""
-    if not bool(torch.isfinite(losses).all()):
-        parts = {"the teacher's hidden states": hidden_t, "the student's hidden states": hidden_s}
-        broken = [name for name, x in parts.items() if x is not None and not torch.isfinite(x).all()]
-        where = position[~torch.isfinite(losses).cpu()].tolist()
-        raise FloatingPointError(f"the loss is not finite at response positions {where[:5]}; "
-                                 + (f"not finite either: {' and '.join(broken)}" if broken
-                                    else "the hidden states are finite"))
+def must_be_finite(stats: dict[str, Tensor]) -> None:
+    """Raise FloatingPointError where a token's loss is not finite, naming places and cause."""
+    wrong = ~stats["loss"].isfinite()
+    if bool(wrong.any()):
+        broken = [who for who in ("teacher", "student")
+                  if f"{who}_logprob" in stats and not stats[f"{who}_logprob"].isfinite().all()]
+        raise FloatingPointError(f"the loss is not finite at response positions {stats['position'][wrong].tolist()[:5]}"
+                                 + (f", nor is what the {' and the '.join(broken)} says there" if broken else ""))
 
 
-def failure_of(error: Exception, stage: str, run: Run, config: Config) -> Exception:
-    """What to raise where a step failed: where the state before it was saved, and what to do."""
-    out_of_memory = isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error) for words in ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
-    )
-    if not out_of_memory and not isinstance(error, FloatingPointError):
-        return error
-    kept = f"the state before this step is in {run.save()}" if run.step else "no step had been made"
-    again = "Start again (--overwrite) with"
-    if out_of_memory and stage == "learning":
-        again = "Go on with --resume and" if run.step else again
-        mend = f"{again} a lower --micro_tokens (it was {config.micro_tokens}), or with --recompute"
-    else:
-        again = "Start another run from there (--student) with" if run.step else again
-        mend = f"{again} a lower " + ("--batch_size or --prefix_len" if out_of_memory else
-                                      "--lr or --grad_clip, or with --dtype float32")
-    what = f"out of memory in {stage}" if out_of_memory else str(error)
-    return InputError(f"step {run.step + 1}: {what}; {kept}. {mend}")
+@contextmanager
+def together(stage: str, run: Run, config: Config):
+    """What runs out of memory or becomes infinite on one rank in here ends all of them, with one message that names the
+    flag to change, and after saving the state before this step. Other errors end their rank, and torchrun the rest."""
+    failure, out_of_memory = None, False
+    try:
+        yield
+    except (FloatingPointError, RuntimeError) as error:
+        out_of_memory = isinstance(error, torch.OutOfMemoryError) or any(
+            words in str(error) for words in ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
+        )
+        if not out_of_memory and not isinstance(error, FloatingPointError):
+            raise
+        failure = (out_of_memory, f"out of memory in {stage}" if out_of_memory else str(error))
+    # Where a sharded model ran out of memory, the other ranks wait inside its forward: they cannot be told.
+    alone = out_of_memory and config.shard > 1 and stage == "learning"
+    failure = failure if alone else next(filter(None, gather(failure)), None)
+    if failure is None:
+        return
+    out_of_memory, what = failure
+    if run.step and not alone and not (out_of_memory and stage == "the optimizer's step"):
+        run.save()
+    again = "Start again (--overwrite)" if run.saved is None else "Start another run from there (--student)"
+    mend = "with a lower --batch_size or --prefix_len"
+    if not out_of_memory:
+        mend = "with a lower --lr, or with --dtype float32"
+    elif stage != "sampling":
+        again = again if run.saved is None else "Go on (--resume)"
+        mend = f"with a lower --micro_tokens (it was {config.micro_tokens}), or with --recompute"
+    kept = f"the last state saved is {run.saved}" if run.saved else "nothing was saved"
+    raise InputError(f"step {run.step + 1}: {what}; {kept}. {again} {mend}")
 
 
 # --- what a step costs
@@ -492,8 +541,9 @@ def whole_flops(run: Run, pair: Pair, rows: list[dict], config: Config) -> float
     return run.step * config.batch_size * sum(per_row) / len(per_row)
 
 
-def plan(config: Config) -> None:
-    """Print parameters, memory by part and FLOP by prefix length, from the two configurations alone.
+def plan(config: Config) -> dict[str, float]:
+    """Print parameters, memory by part and FLOP by prefix length, from the two configurations alone. Returns bytes a
+    device "while sampling" and "while learning".
 
     Assumed: prompts of 64 tokens, whole responses of --max_new_tokens, the longest response in every row, and sampling
     that stops at the prefix. Evaluation is not counted: its cache grows with --eval_batch_size x --max_new_tokens.
@@ -504,7 +554,8 @@ def plan(config: Config) -> None:
     s, t = (load_config(checkpoint_folder(name, ("config.json",))) if name else None
             for name in (config.student, config.teacher))
     P, P_t = count_parameters(s), count_parameters(t) if t is not None else 0
-    V, H, D, slots = s.vocab_size, s.hidden_size, head_dim_of(s), min(config.batch_size, 256)
+    V, H, D, parts = s.vocab_size, s.hidden_size, head_dim_of(s), config.shard
+    rows = math.ceil(config.batch_size / config.world)
     packed = 1 if on_gpu or size == 2 else 2  # a CPU's Decoder holds its matrices twice
     # What autograd keeps of a token in a block: inputs of norms in float32, inputs of products in `size` bytes.
     heads = s.num_attention_heads * D + s.num_key_value_heads * D
@@ -515,30 +566,40 @@ def plan(config: Config) -> None:
     chunk = min(256, tokens) * V * 4 * (9 if on_gpu else 2.5)
     writers = [t] if config.rollout == "teacher" else [s, t] if config.mix else [s]
     kv = sum(2 * w.num_hidden_layers * w.num_key_value_heads * head_dim_of(w) for w in writers)
-    always = {"student: float32 weights": 4 * P, "student: AdamW's moments": 8 * P,
-              "student: copy that samples": packed * size * P, "teacher": packed * size * P_t,
-              "KV cache": kv * (prompt + length) * slots * size * (config.rollout != "data")}
-    sampling = {"logits of the new tokens": slots * V * 24}
-    learning = {"gradients": 4 * P, "gradient of the head, on its way": 4 * V * H, "logits of a chunk": chunk,
+    gathered = size * (V * H * (1 if s.tie_word_embeddings else 2) + (P - V * H) // layers * 2) * (parts > 1)
+    gathered_t = size * t.vocab_size * t.hidden_size * 2 if config.shard_teacher else 0
+    always = {"student: float32 weights": 4 * P / parts, "student: AdamW's moments": 8 * P / parts,
+              "student: copy that samples": packed * size * P,
+              "teacher": packed * size * P_t / (parts if config.shard_teacher else 1),
+              "KV cache": kv * (prompt + length) * min(rows, 256) * size * (config.rollout != "data")}
+    sampling = {"logits of the new tokens": min(rows, 256) * V * 24}
+    learning = {"gradients": 4 * P / parts, "gradient of the head, on its way": 4 * V * H, "logits of a chunk": chunk,
                 "activations kept for backward": activations,
-                "activations passing through": tokens * size * (4 * H + 3 * s.intermediate_size)}
-    print(f"student {config.student}: {P:,} parameters" + (f"; teacher {config.teacher}: {P_t:,}" if P_t else "")
-          + f"\nassumed: prompts of {prompt} tokens, whole responses of {whole}, batch {config.batch_size}, "
-          f"micro-batches of {config.micro_tokens} tokens, {size} bytes a number in forward passes\n\nmemory, GB")
+                "activations passing through": tokens * size * (4 * H + 3 * s.intermediate_size),
+                "weights gathered by --shard": gathered + gathered_t}
+    teacher = f"; teacher {config.teacher}: {P_t:,}" if P_t else ""
+    print(f"student {config.student}: {P:,} parameters{teacher}"
+          f"\nassumed: prompts of {prompt} tokens, whole responses of {whole}, {rows} of {config.batch_size} rows on a "
+          f"device, micro-batches of {config.micro_tokens} tokens, {size} bytes a number in forward passes\n\n"
+          "memory of a device, GB")
     for part, b in (always | sampling | learning).items():
         print(f"  {part:40}{b / 1e9:10.3f}")
-    for name, more in (("while sampling", sampling), ("while learning", learning)):
-        print(f"  {'in all, ' + name:40}{(sum(always.values()) + sum(more.values())) / 1e9:10.3f}")
+    found = {name: sum(always.values()) + sum(more.values())
+             for name, more in (("while sampling", sampling), ("while learning", learning))}
+    for name, b in found.items():
+        print(f"  {'in all, ' + name:40}{b / 1e9:10.3f}")
     scored, mix = config.loss != "cross_entropy", config.mix
     by_teacher = row_flops("teacher", scored, s, t, prompt, whole)  # what --mix adds
-    full = sum(row_flops(config.rollout, scored, s, t, prompt, whole))
+    uncut = sum(row_flops(config.rollout, scored, s, t, prompt, whole))
     print(f"\nTFLOP a step\n  {'prefix_len':>10} {'sampling':>12} {'teacher':>12} {'student':>12} {'all':>12}  saving")
     for cut in sorted({min(config.prefix_len, whole), whole, *(whole >> k for k in range(1, 8) if whole >> k)}):
         parts = row_flops(config.rollout, scored, s, t, prompt, cut)
         parts = [(1 - mix) * part + mix * other for part, other in zip(parts, by_teacher)]
         shown = (f"{config.batch_size * x / 1e12:12.4g}" for x in (*parts, sum(parts)))
-        print(f"  {cut:10,} {' '.join(shown)}  {full / sum(parts):5.1f}x")
+        print(f"  {cut:10,} {' '.join(shown)}  {uncut / sum(parts):5.1f}x")
+    return found
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
     run_command(train, parse_flags(Config, __doc__))

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import zlib
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,10 +20,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data import InputError, read_json
+from data.ranks import collect, gather, like, rank
 
+try:
+    import fcntl
+except ImportError:  # Windows: no lock there
+    fcntl = None
+
+TOTALS = ("tokens_sampled", "tokens_trained", "flop", "seconds")  # counters of a run
+KEEP = 2  # checkpoints of a run that stay
 # Flags that may change between a run and its resumption. Those of the second line change the last bits at most.
-MAY_CHANGE = {"steps", "eval_every", "save_every", "keep", "resume", "overwrite", "out_dir", "plan",
-              "device", "micro_tokens", "recompute", "compile"}
+MAY_CHANGE = {"steps", "eval_every", "save_every", "resume", "overwrite", "out_dir", "plan", "world",
+              "device", "teacher_device", "micro_tokens", "recompute", "compile", "shard", "shard_teacher"}
 
 
 def restore_flags(config) -> Path:
@@ -34,14 +43,19 @@ def restore_flags(config) -> Path:
     complete = checkpoints(out)
     if not complete:
         raise InputError(f"--resume: no complete checkpoint in --out_dir {out}")
-    before = read_json(complete[-1] / "state.json")["config"]
+    before = read_state(complete[-1])["config"]
     given = getattr(config, "typed", set(before))  # a config made in code means all it says
-    for name in before.keys() - {"resume", "overwrite", "out_dir", "plan"}:
-        empty = name in ("student", "teacher", "prefix_start", "dtype") and not getattr(config, name)  # filled in later
-        if hasattr(config, name) and (name not in given or empty):
+    now, own = asdict(config), ("resume", "overwrite", "out_dir", "plan", "world")
+    for name in now.keys() & before.keys() - {*own}:
+        kinds = (type(now[name]), int) if isinstance(now[name], float) else (type(now[name]),)
+        if type(before[name]) not in kinds:
+            raise InputError(f"{complete[-1]}/state.json: --{name} is {before[name]!r}, expected {kinds[0].__name__}. "
+                             f"Delete {complete[-1]} to resume from the checkpoint before it")
+        empty = name in ("student", "teacher", "prefix_start", "dtype") and not now[name]  # filled in later
+        if name not in given or empty:
             setattr(config, name, before[name])
     now = asdict(config)
-    was = {name: before.get(name, now[name]) for name in now if name not in ("resume", "overwrite", "out_dir", "plan")}
+    was = {name: before.get(name, now[name]) for name in now if name not in own}
     differ = {name: f"--{name} is {now[name]!r} and was {w!r}" for name, w in was.items() if w != now[name]}
     barred = [line for name, line in differ.items() if name not in MAY_CHANGE]
     if barred:
@@ -49,27 +63,69 @@ def restore_flags(config) -> Path:
                          + ", ".join(f"--{name}" for name in now if name in MAY_CHANGE))
     for line in differ.values():
         print(f"resuming: {line}")
-    if config.steps != before["steps"]:
-        for name, paces in (("schedule", ("linear", "staircase")), ("lr_schedule", ("cosine",))):
-            if getattr(config, name) in paces:
-                raise InputError(f"--resume: --steps cannot change: --steps {before['steps']} set the pace of "
-                                 f"--{name} {getattr(config, name)}")
+    for name, paces in (("schedule", ("linear", "staircase")), ("lr_schedule", ("cosine",))):
+        if "steps" in differ and getattr(config, name) in paces:
+            raise InputError(f"--resume: --steps cannot change: --steps {was['steps']} set the pace of "
+                             f"--{name} {getattr(config, name)}")
     return complete[-1]
 
 
-def protect(config) -> None:
-    """Refuse an out_dir where a fresh run would destroy an earlier run, a model, or anything that is no run's."""
+def read_state(folder: Path) -> dict:
+    """A checkpoint's state.json: config, step, totals, adaptive, inputs."""
+    state, kinds = read_json(folder / "state.json"), {"config": dict, "step": int, "totals": dict, "adaptive": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
+    if wrong or not {*TOTALS} <= state["totals"].keys() or not {"prefix_len", "smooth"} <= state["adaptive"].keys():
+        raise InputError(f"{folder}/state.json: not the state of a run ({', '.join(wrong) or 'totals or adaptive'}). "
+                         f"Delete {folder} to resume from the checkpoint before it")
+    return state
+
+
+@contextmanager
+def claim(config):
+    """Hold --out_dir meanwhile. Refuses a folder where a fresh run would destroy an earlier run, a model, or anything
+    that is no run's; that cannot be written to; or where another run is at work."""
     out = Path(config.out_dir)
+    try:
+        if not config.resume:
+            protect(config, out)
+        gather(None)  # all ranks have seen the folder as it was
+        if rank() == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            lock = open(out / ".lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"--out_dir {out}: cannot be written to ({error.strerror}); choose another") from None
+    if rank():
+        yield
+        return
+    with lock:
+        try:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise InputError(f"--out_dir {out}: process {lock.read()} is training there; wait for it, or choose "
+                             "another") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        try:
+            yield
+        finally:
+            if [f.name for f in out.iterdir()] == [".lock"]:  # nothing came of it
+                shutil.rmtree(out)
+
+
+def protect(config, out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out_dir {out} is a file, expected a folder")
-    if (out / "model.safetensors").exists() or (not files_of_run(out) and (out / "config.json").exists()):
+    ours, here = files_of_run(out), out.resolve()
+    if (out / "model.safetensors").exists() or (not ours and (out / "config.json").exists()):
         raise InputError(f"--out_dir {out} holds a model or a config.json that is none of a run's: choose another")
     for name in ("student", "teacher"):
         used = Path(getattr(config, name) or "-").resolve()
-        if used == out.resolve() or any(old.resolve() in (used, *used.parents) for old in files_of_run(out)):
-            raise InputError(f"--out_dir {out} is or holds --{name} {getattr(config, name)}, which would be deleted: "
-                             "choose another")
-    if files_of_run(out) and not config.overwrite:
+        if used == here or here in used.parents or used in here.parents:
+            raise InputError(f"--out_dir {out} is, holds or lies in --{name} {getattr(config, name)}: choose another")
+    if ours and not config.overwrite:
         go_on = "continue it with --resume, " if checkpoints(out) else ""
         raise InputError(f"--out_dir {out} already holds a run; {go_on}discard it with --overwrite")
 
@@ -86,14 +142,27 @@ def files_of_run(out: Path) -> list[Path]:
     return found + [f for f in (out / "config.json",) if found and f.is_file()]
 
 
+def remove(path: Path) -> None:
+    """Delete a file or a checkpoint; a kill meanwhile leaves a name that is cleared when the run is opened again."""
+    if path.is_dir():
+        gone = path.with_name(f".{path.name.lstrip('.')}.incomplete")
+        os.replace(path, gone)
+        shutil.rmtree(gone)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def read_log(log: Path) -> list[dict]:
-    """The records of a .jsonl file up to the first line that is torn (by a kill) or no JSON."""
+    """The records of a .jsonl file up to the first line that is torn (by a kill) or no JSON object."""
     records = []
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(record, dict):
+            break
+        records.append(record)
     return records
 
 
@@ -107,42 +176,68 @@ def fingerprint(folder: Path) -> list[list]:
     return found
 
 
+class Unbroken:
+    """A standard stream whose reader may go away (`| head`): the run goes on without it."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 class Run:
     """The state of a run beside its models: `step` (steps made), `totals` (counters), `adaptive` (state of an adaptive
-    prefix), `interrupted` (by Ctrl-C), and its folder on disk."""
+    prefix), `interrupted` (by Ctrl-C), and its folder on disk. Of several ranks, rank 0 writes and all read."""
 
-    def __init__(self, config, student, tokenizer, stop_ids: tuple[int, ...], optimizer, resume_from: Path | None):
-        self.config, self.student, self.tokenizer, self.stop_ids = config, student, tokenizer, stop_ids
-        self.optimizer, self.out, self.saved = optimizer, Path(config.out_dir), resume_from
+    def __init__(self, config, pair, optimizer, resume_from: Path | None, inputs: dict):
+        """inputs: checksums of what a resumed run must find unchanged, by what they are of."""
+        self.config, self.student, self.tokenizer, self.stop_ids = config, pair.student, pair.tokenizer, pair.stop_ids
+        self.optimizer, self.out, self.saved, self.inputs = optimizer, Path(config.out_dir), resume_from, inputs
         self.log, self.step, self.interrupted = self.out / "log.jsonl", 0, False
-        self.totals = {"tokens_sampled": 0, "tokens_trained": 0, "flop": 0.0, "seconds": 0.0}
+        self.totals = dict.fromkeys(TOTALS, 0)
         self.adaptive = {"prefix_len": config.prefix_start, "smooth": None}
-        if resume_from is None:
-            for path in files_of_run(self.out):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
-        for torn in self.out.glob(".step_*.incomplete"):  # of a kill inside `save`
-            shutil.rmtree(torn)
         if resume_from is not None:
             self.load(resume_from)
-            if self.log.is_file():  # records after the checkpoint will be written again; a torn last line goes
+        if rank() == 0:
+            for torn in self.out.glob(".step_*.incomplete"):  # left by a kill
+                shutil.rmtree(torn)
+            if resume_from is None:
+                for path in files_of_run(self.out):
+                    remove(path)
+            elif self.log.is_file():  # records after the checkpoint will be written again; a torn last line goes
                 temporary = self.log.with_name("log.jsonl.incomplete")
-                kept = [r for r in read_log(self.log) if r["step"] <= self.step]
+                kept = [r for r in read_log(self.log) if r.get("step", 0) <= self.step]
                 temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
                 os.replace(temporary, self.log)
+            (self.out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+            need = 12 * sum(p.numel() for p in self.student.parameters()) * (KEEP + 1 - len(checkpoints(self.out)))
+            if (free := shutil.disk_usage(self.out).free) < need:
+                raise InputError(f"--out_dir {self.out}: checkpoints will take {need / 1e9:.1f} GB there and "
+                                 f"{free / 1e9:.1f} GB are free; make room or choose another")
+        gather(None)
 
     def interrupt(self, *_) -> None:
-        """What Ctrl-C does during the loop; a second one ends the process."""
+        """What Ctrl-C or SIGTERM does during the loop; a second one ends the process."""
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def write(self, record: dict) -> None:
-        with open(self.log, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        if rank() == 0:
+            with open(self.log, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def records(self) -> list[dict]:
-        return read_log(self.log) if self.log.is_file() else []
+        """The log as rank 0 sees it, on every rank."""
+        return gather(read_log(self.log) if rank() == 0 and self.log.is_file() else [])[0]
 
     def evaluated(self) -> bool:
         """Whether the student has been evaluated after its last step, in all that was asked for."""
@@ -151,40 +246,60 @@ class Run:
         return wanted | ({"kl"} if self.config.eval_kl and self.config.teacher else set()) <= kinds
 
     def save(self) -> Path:
-        """Write out_dir/step_NNNNNN: a Hugging Face folder plus what resuming needs. It appears whole or not at all."""
+        """Write out_dir/step_NNNNNN: a Hugging Face folder plus what resuming needs. It appears whole or not at all.
+        All ranks call it, since a sharded student is collected from all; rank 0 writes, and the others wait for it."""
         final, temporary = self.out / f"step_{self.step:06d}", self.out / f".step_{self.step:06d}.incomplete"
-        shutil.rmtree(temporary, ignore_errors=True)
-        self.student.save_pretrained(temporary)
-        self.tokenizer.save(temporary, self.stop_ids)
         names = {p: name for name, p in self.student.named_parameters()}
-        moments = {f"{names[p]}.{key}": value.contiguous() for p, state in self.optimizer.state.items()
-                   for key, value in state.items() if key != "step"}
-        save_file(moments, temporary / "optimizer.safetensors")
-        state = {"step": self.step, "totals": self.totals, "adaptive": self.adaptive, "config": asdict(self.config)}
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
-        for file in temporary.iterdir():  # on the disk before the name says so
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        if os.name == "posix":
-            folder = os.open(self.out, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-        for old in checkpoints(self.out)[: -self.config.keep]:
-            shutil.rmtree(old)
+        weights = collect({name: p for p, name in names.items()})
+        moments = collect({f"{names[p]}.{key}": value for p, state in self.optimizer.state.items()
+                           for key, value in state.items() if key != "step"})
+        state = {"step": self.step, "totals": self.totals, "adaptive": self.adaptive, "inputs": self.inputs,
+                 "config": asdict(self.config)}
+        if rank() == 0:
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                self.student.save_pretrained(temporary, weights=weights)
+                self.tokenizer.save(temporary, self.stop_ids)
+                save_file(moments, temporary / "optimizer.safetensors")
+                (temporary / "state.json").write_text(json.dumps(state, indent=1))
+                for file in temporary.iterdir():  # on the disk before the name says so
+                    shutil.copymode(temporary / "state.json", file)  # safetensors files come without the umask's mode
+                    with open(file, "rb") as handle:
+                        os.fsync(handle.fileno())
+                if final.exists():
+                    remove(final)
+                os.replace(temporary, final)
+                if os.name == "posix":
+                    folder = os.open(self.out, os.O_RDONLY)
+                    os.fsync(folder)
+                    os.close(folder)
+                for old in checkpoints(self.out)[:-KEEP]:
+                    remove(old)
+            except (OSError, SafetensorError) as error:
+                shutil.rmtree(temporary, ignore_errors=True)
+                size = sum(x.nbytes for x in (*weights.values(), *moments.values()))
+                raise InputError(
+                    f"step {self.step} could not be saved in {self.out} ({error}): it takes {size / 1e9:.3g} GB, and "
+                    f"{shutil.disk_usage(self.out).free / 1e9:.3g} GB are free. The last complete checkpoint is "
+                    f"{self.saved or 'none'}; make room and go on with --resume") from None
+        gather(None)
         self.saved = final
         return final
 
     def load(self, folder: Path) -> None:
-        before, file = read_json(folder / "state.json"), folder / "optimizer.safetensors"
+        before, file = read_state(folder), folder / "optimizer.safetensors"
+        for name, was in before.get("inputs", {}).items():
+            if name in self.inputs and self.inputs[name] != was:
+                raise InputError(f"--resume of {self.out}: the {name} has changed since the run began, so it would not "
+                                 "be the same run: put it back, or start another run")
         self.step, self.totals, self.adaptive = before["step"], before["totals"], before["adaptive"]
         try:
-            moments = load_file(file, device=str(self.student.head.device))
+            moments = load_file(file)
             for name, p in self.student.named_parameters():
                 state = {key: moments[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq")}
                 if any(x.shape != p.shape or x.dtype != p.dtype or not x.isfinite().all() for x in state.values()):
                     raise ValueError(f"{name} has another shape or dtype, or is not finite")  # fused AdamW trusts it
+                state = {key: like(x, p) for key, x in state.items()}
                 state["step"] = torch.tensor(float(self.step), device=p.device)  # as fused AdamW keeps it
                 self.optimizer.state[p] = state
         except (OSError, SafetensorError, KeyError, ValueError) as error:

@@ -86,7 +86,7 @@ def test_a_run_and_its_resumption(tmp_path, more, capsys):
 
     common = ("--data", data, "--eval_data", data, "--student", STUDENT, "--teacher", HERE / "chains/teacher",
               "--prefix_len", 8, "--batch_size", 4, "--eval_problems", 4, "--eval_kl", 4, "--max_new_tokens", 12,
-              "--lr_schedule", "constant", "--steps", 3, "--save_every", 2, "--keep", 9, *more)
+              "--lr_schedule", "constant", "--steps", 3, "--save_every", 2, *more)
     with device():
         command(train, train.train, *common, "--out_dir", tmp_path / "run")
     losses = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]

@@ -21,8 +21,7 @@ from tests.reference import dense_loss, full_recompute
 from train import Config
 
 STUDENT, TEACHER = HERE / "chains/student", HERE / "chains/teacher"
-STEP = {"data": "chains", "device": "cpu", "steps": 1, "batch_size": 6, "eval_problems": 0, "eval_kl": 0,
-        "grad_clip": 0}
+STEP = {"data": "chains", "device": "cpu", "steps": 1, "batch_size": 6, "eval_problems": 0, "eval_kl": 0}
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ run() {  # name, then flags
     for seed in 1 2 3; do
         [ -d "$to/${name}_seed$seed/step_000030" ] || python train.py --data chains --seed $seed --steps 30 --lr_schedule constant \
             --batch_size 64 --lr 5e-4 --max_new_tokens 512 --eval_every 5 --eval_problems 200 --eval_kl 50 \
-            --save_every 10 --keep 3 --out_dir "$to/${name}_seed$seed" --overwrite "$@"
+            --save_every 15 --out_dir "$to/${name}_seed$seed" --overwrite "$@"
     done
 }
 
@@ -24,7 +24,7 @@ python eval.py runs $to/prefix*_seed? --out $to/prefixes.png | tee $to/prefixes.
 python eval.py runs $to/{prefix1024,linear,staircase,adaptive}_seed? --out $to/schedules.png | tee $to/schedules.txt
 before_during_after=data/chains/student
 for run in prefix16_seed1 prefix1024_seed1; do
-    before_during_after+=,$to/$run/step_000010,$to/$run/step_000030
+    before_during_after+=,$to/$run/step_000015,$to/$run/step_000030
 done
 python eval.py positions --data chains --model $before_during_after --out $to/positions.png
 python eval.py teacher_prefix --data chains --out $to/teacher_prefix.png

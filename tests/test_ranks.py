@@ -1,0 +1,259 @@
+"""Several ranks: what two of them learn, together or sharded, is what one learns. On gloo, so without a GPU."""
+
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from transformers import Qwen3Config
+
+import train
+from data import HERE, InputError
+from data.ranks import full
+from data.run import read_log
+from data.tokenizer import Tokenizer
+from eval import Pair
+from model import Transformer, shard
+from sample import Decoder
+from train import Config
+
+pytestmark = pytest.mark.skipif((os.cpu_count() or 1) < 2 or not dist.is_gloo_available(), reason="needs two cores")
+ROOT = Path(train.__file__).parent
+STEP = {"data": "chains", "steps": 3, "prefix_len": 12, "batch_size": 7, "eval_problems": 0, "eval_kl": 0,
+        "micro_tokens": 100, "lr": 1e-2, "warmup": 0, "save_every": 2, "device": "cpu"}
+
+
+def launch(world: int, work, *args) -> list:
+    """What work(*args) returns in each of `world` processes that form a gloo group."""
+    def member(rank, store, results):
+        try:
+            torch.set_num_threads(1)
+            dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+            results.put((rank, work(*args), None))
+        except Exception:  # noqa: BLE001
+            results.put((rank, None, traceback.format_exc()))
+
+    context, store = multiprocessing.get_context("fork"), tempfile.mktemp()
+    results = context.SimpleQueue()
+    processes = [context.Process(target=member, args=(rank, store, results)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    found = sorted((results.get() for _ in processes), key=lambda r: r[0])
+    for process in processes:
+        process.join()
+    for rank, _, error in found:
+        assert error is None, f"rank {rank}: {error}"
+    return [result for _, result, _ in found]
+
+
+def random_pair(config: Config, resume_from) -> Pair:
+    """For train.load_pair: two small models in float64, of an odd number of ids."""
+    tokenizer, models = Tokenizer(HERE / "chains/student"), []
+    for seed, width, tied in ((1, 24, config.chat == "off"), (2, 32, config.chat == "auto")):
+        model = Transformer(Qwen3Config(
+            vocab_size=645, hidden_size=width, intermediate_size=37, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=16, max_position_embeddings=512, tie_word_embeddings=tied,
+        )).double()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed))
+        models.append(model)
+    student, teacher = models
+    if resume_from is not None:
+        student.load_state_dict(load_file(resume_from / "model.safetensors"))
+    student.recompute = config.recompute
+    decoder = Decoder(student, torch.float64, tokenizer.vocab_size)
+    if config.shard > 1:
+        student = shard(student, config.shard, torch.float64)
+    if config.shard_teacher:
+        teacher = shard(teacher.requires_grad_(False), config.shard, torch.float64)
+    else:
+        teacher = Decoder(teacher, torch.float64, tokenizer.vocab_size)
+    return Pair(student, decoder, teacher, tokenizer, tokenizer, tokenizer.vocab_size, tokenizer.stop_ids,
+                torch.device("cpu"), torch.float64)
+
+
+def learn(out: Path, flags: dict, silent: int | None = None) -> None:
+    """train.train on random_pair. silent: a rank of two whose rows have nothing to learn from."""
+    respond = train.respond
+
+    def some_silent(*args):
+        rollout, flop = respond(*args)
+        mine = torch.arange(len(rollout.lens)) * train.world() + train.rank()  # rows of the batch
+        rollout.supervised[mine % 2 == silent] = 0
+        return rollout, flop
+
+    patch = pytest.MonkeyPatch()
+    with patch.context() as m:
+        m.setattr(train, "load_pair", random_pair)
+        m.setattr(train, "preflight", lambda *_: [])
+        m.setattr(train, "respond", some_silent)
+        train.train(Config(**STEP | flags, out_dir=str(out)))
+
+
+def counts(out: Path) -> list[dict]:
+    """What a log counts, without times, and without the last digits of means."""
+    return [{k: round(v, 9) if isinstance(v, float) else v for k, v in r.items()
+             if "second" not in k and "per_s" not in k and k not in ("peak_memory", "kl_by_position")}
+            for r in read_log(out / "log.jsonl")]
+
+
+@pytest.mark.parametrize("flags, silent", [
+    ({"chat": "auto"}, None), ({"chat": "off", "recompute": True}, None), ({"mix": 0.3, "max_new_tokens": 20}, None),
+    ({"window": "random", "max_new_tokens": 30}, 1),
+])
+def test_ranks_learn_what_one_learns(tmp_path, flags, silent):
+    learn(tmp_path / "one", flags, silent)
+    layouts = {"two": (2, {}), "sharded": (2, {"shard": 2})}
+    if flags == {"chat": "auto"}:
+        layouts |= {"both sharded": (2, {"shard": 2, "shard_teacher": True}), "mesh": (4, {"shard": 2})}
+    for name, (world, more) in layouts.items():
+        launch(world, learn, tmp_path / name, flags | more, silent)
+        assert counts(tmp_path / name) == counts(tmp_path / "one")
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            a, b = (load_file(tmp_path / run / "step_000003" / file) for run in ("one", name))
+            assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=0, atol=1e-12) for k in a), name
+
+
+@pytest.mark.parametrize("before, after", [((1, 1), (2, 2)), ((2, 2), (1, 1)), ((2, 2), (2, 2)), ((2, 1), (2, 2))])
+def test_a_run_resumes_in_another_layout(tmp_path, before, after):
+    learn(tmp_path / "one", {})
+    launch(before[0], learn, tmp_path / "cut", {"steps": 3, "shard": before[1]})
+    for file in (tmp_path / "cut/step_000003").iterdir():
+        file.unlink()
+    (tmp_path / "cut/step_000003").rmdir()
+    launch(after[0], learn, tmp_path / "cut", {"resume": True, "shard": after[1]})
+    a, b = (load_file(tmp_path / run / "step_000003/model.safetensors") for run in ("one", "cut"))
+    assert all(torch.allclose(a[k], b[k], rtol=0, atol=1e-12) for k in a)
+    assert counts(tmp_path / "cut") == counts(tmp_path / "one")
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("trouble", ["sampling", "learning", "not finite", "interrupt"])
+def test_trouble_on_one_rank_ends_all_and_saves(tmp_path, shards, trouble):
+    """One message on every rank and the state before the step; but where a sharded model is in the middle of a step,
+    its rank ends at once."""
+    if (shards, trouble) == (2, "learning"):
+        pytest.skip("its rank ends at once, torchrun ends the others, and the last checkpoint counts")
+
+    def work():
+        respond, loss, made = train.respond, train.distill_loss, [0]
+
+        def respond_until(*args):
+            made[0] += 1
+            if made[0] == 2 and dist.get_rank() == 1 and trouble == "sampling":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            if made[0] == 2 and dist.get_rank() == 1 and trouble == "interrupt":
+                signal.raise_signal(signal.SIGINT)
+            return respond(*args)
+
+        def loss_until(*args, **more):
+            found, stats = loss(*args, **more)
+            if made[0] == 2 and dist.get_rank() == 1:
+                if trouble == "learning":
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                if trouble == "not finite":
+                    stats["loss"][:1] = float("nan")
+            return found, stats
+
+        train.respond, train.distill_loss = respond_until, loss_until
+        try:
+            learn(tmp_path / "run", {"save_every": 0, "steps": 4, "shard": shards})
+        except InputError as error:
+            return str(error)
+
+    said = launch(2, work)
+    saved = 2 if trouble == "interrupt" else 1
+    assert [f.name for f in (tmp_path / "run").glob("step_*")] == [f"step_00000{saved}"] and said[0] == said[1]
+    expected = {"sampling": "out of memory in sampling; the last state saved is .*lower --batch_size or --prefix_len",
+                "learning": "out of memory in learning.* Go on .--resume. with a lower --micro_tokens",
+                "not finite": "the loss is not finite at response positions .0.*step_000001"}
+    assert trouble == "interrupt" or re.search(f"step 2: {expected[trouble]}", said[0])
+
+
+def test_a_number_of_a_sharded_gradient_is_one_ranks_part_until_it_is_full():
+    def norms():
+        plain, sharded = (random_pair(Config(shard=n, chat="on"), None).student for n in (1, 2))
+        for model in (plain, sharded):
+            hidden = model(torch.arange(12)[None] + 5)
+            (hidden @ model.head.T).square().mean().backward()
+        whole = sum(float((2 * p.grad).square().sum()) for p in plain.parameters())  # two ranks have read the same row
+        squares = [p.grad.square().sum() for p in sharded.parameters()]
+        return whole, sum(float(full(s)) for s in squares), sum(float(s) for s in squares)
+
+    for whole, found, part in launch(2, norms):
+        assert found == pytest.approx(whole, rel=1e-12) and part < 0.99 * whole
+
+
+def test_forward_alone_leaves_old_weights_gathered():
+    """Why sampling, evaluation and the preflight use the Decoder: FSDP would go on with what it gathered."""
+    def logits():
+        model, tokens = random_pair(Config(shard=2, chat="on"), None).student, torch.arange(12)[None] + 5
+        with torch.no_grad():
+            before = model(tokens)
+            for p in model.parameters():
+                p.mul_(1.5)
+        stale = model(tokens)
+        model.reshard()
+        return torch.equal(before, stale), (model(tokens) - stale).abs().max().item()
+
+    for _, difference in launch(2, logits):
+        assert difference > 1e-3
+
+
+def torchrun(*args) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+
+
+TINY = ("train.py", "--data", "chains", "--device", "cpu", "--prefix_len", 16, "--batch_size", 6, "--steps", 3,
+        "--eval_problems", 6, "--eval_kl", 4, "--max_new_tokens", 100)
+
+
+@pytest.mark.parametrize("more", [(), ("--shard", 2)])
+def test_torchrun_is_one_command(tmp_path, more):
+    """As a user starts it: the same log as one process writes, one voice, a loadable checkpoint, an evaluation."""
+    said = torchrun(*TINY, *more, "--out_dir", tmp_path / "two").stdout
+    assert said.count("after 3 steps") == 1 and said.count("8,000 prompts") == 1 and ", 2 ranks" in said
+    subprocess.run([sys.executable, *map(str, TINY), "--out_dir", tmp_path / "one"], cwd=ROOT, check=True,
+                   capture_output=True)
+    one, two = (read_log(tmp_path / name / "log.jsonl") for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        for key in a.keys() & {"step", "tokens", "prefix_len", "accuracy", "finish", "flop_sample", "total_flop"}:
+            assert a[key] == b[key], key
+        assert "loss" not in a or a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    a, b = (load_file(tmp_path / name / "step_000003/model.safetensors") for name in ("one", "two"))
+    assert all(torch.allclose(a[k], b[k], rtol=0, atol=1e-5) for k in a)
+    if not more:
+        model = tmp_path / "two/step_000003"
+        assert "accuracy" in torchrun("eval.py", "--model", model, "--data", "chains", "--device", "cpu",
+                                      "--num_problems", 3, "--max_new_tokens", 8).stdout
+
+
+def test_a_rank_that_dies_ends_the_others_and_loses_nothing(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, TINY),
+               "--steps", "500", "--save_every", "1", "--lr_schedule", "constant", "--out_dir", str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while len(list((tmp_path / "run").glob("step_*"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        members = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(members[-1]), 9)
+        start = time.monotonic()
+        process.wait(timeout=60)
+    assert process.returncode and time.monotonic() - start < 40
+    saved = max((tmp_path / "run").glob("step_*"))
+    assert load_file(saved / "model.safetensors")
+    steps = int(saved.name[5:]) + 2
+    subprocess.run([sys.executable, *map(str, TINY), "--steps", str(steps), "--lr_schedule", "constant", "--resume",
+                    "--out_dir", str(tmp_path / "run")], cwd=ROOT, check=True, capture_output=True)

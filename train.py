@@ -546,7 +546,8 @@ def plan(config: Config) -> dict[str, float]:
     device "while sampling" and "while learning".
 
     Assumed: prompts of 64 tokens, whole responses of --max_new_tokens, the longest response in every row, and sampling
-    that stops at the prefix. Evaluation is not counted: its cache grows with --eval_batch_size x --max_new_tokens.
+    that stops at the prefix. Not counted: evaluation, whose cache grows with --eval_batch_size x --max_new_tokens, and
+    what Python, torch and the prompts take.
     """
     prompt, whole, length = 64, config.max_new_tokens, longest_response(config)
     on_gpu = choose_device(config.device).type == "cuda"

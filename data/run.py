@@ -118,11 +118,11 @@ def claim(config):
 def protect(config, out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out_dir {out} is a file, expected a folder")
-    ours, here = files_of_run(out), out.resolve()
+    ours, here = files_of_run(out), Path(os.path.realpath(out))
     if (out / "model.safetensors").exists() or (not ours and (out / "config.json").exists()):
         raise InputError(f"--out_dir {out} holds a model or a config.json that is none of a run's: choose another")
     for name in ("student", "teacher"):
-        used = Path(getattr(config, name) or "-").resolve()
+        used = Path(os.path.realpath(getattr(config, name) or "-"))
         if used == here or here in used.parents or used in here.parents:
             raise InputError(f"--out_dir {out} is, holds or lies in --{name} {getattr(config, name)}: choose another")
     if ours and not config.overwrite:

@@ -1,0 +1,163 @@
+"""A run's folder: nothing of others is destroyed in it, nothing of ours is lost."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import data.run
+import train
+from data import HERE, InputError
+from data.run import checkpoints, read_log
+from tests.test_train import BLIND, TINY, run
+
+ROOT = Path(train.__file__).parent
+
+
+def write(file: Path, text: str = "{}") -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+def test_what_is_not_a_runs_is_never_touched(tmp_path, overwrite):
+    model = tmp_path / "model"
+    for name in ("config.json", "model.safetensors"):
+        write(model / name, "mine")
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    for out in (model, tmp_path, model / "inside"):
+        with pytest.raises(InputError, match="choose another"):
+            run(*TINY, *BLIND, "--out_dir", out, "--student", model, *overwrite)
+    write(tmp_path / "project/config.json", "a project's")
+    with pytest.raises(InputError, match="holds a model or a config.json that is none of a run's"):
+        run(*TINY, *BLIND, "--out_dir", tmp_path / "project", *overwrite)
+    assert {f: f.read_bytes() for f in model.rglob("*")} == {f: x for f, x in before.items() if model in f.parents}
+    assert [f.name for f in (tmp_path / "project").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("out", ["file/out", "x" * 300, "link"])
+def test_a_folder_that_cannot_be_written_to_is_told_before_models_are_loaded(tmp_path, out, monkeypatch):
+    write(tmp_path / "file")
+    (tmp_path / "link").symlink_to(tmp_path / "link")
+    monkeypatch.setattr(train, "load_pair", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(InputError, match="--out_dir .*: cannot be written to"):
+        run(*TINY, *BLIND, "--out_dir", tmp_path / out)
+
+
+def test_space_is_counted_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.run.shutil, "disk_usage", lambda _: type("usage", (), {"free": 5e6}))
+    with pytest.raises(InputError, match=r"checkpoints will take 0\.0 GB there and 0\.0 GB are free; make room"):
+        run(*TINY, *BLIND, "--out_dir", tmp_path / "out")
+
+
+def test_a_save_that_fails_says_how_much_is_missing_and_keeps_the_last(tmp_path, monkeypatch):
+    save_file = data.run.save_file
+
+    def full(weights, file):
+        if "step_000002" in str(file):
+            raise OSError(28, "No space left on device")
+        save_file(weights, file)
+
+    monkeypatch.setattr(data.run, "save_file", full)
+    with pytest.raises(InputError, match=r"step 2 could not be saved .*No space left.*it takes 0\.\d+ GB, and .* GB are "
+                                         "free. The last complete checkpoint is .*step_000001; make room and go on with"):
+        run(*TINY, *BLIND, "--save_every", "1", "--out_dir", tmp_path)
+    assert [f.name for f in tmp_path.iterdir() if "step" in f.name] == ["step_000001"]
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    with subprocess.Popen([sys.executable, "train.py", *TINY, *BLIND, "--steps", "300", "--out_dir", tmp_path], cwd=ROOT,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+        while not (tmp_path / "log.jsonl").exists():
+            assert first.poll() is None
+            time.sleep(0.05)
+        with pytest.raises(InputError, match=f"process {first.pid} is training there; wait for it"):
+            run(*TINY, *BLIND, "--out_dir", tmp_path, "--overwrite")
+        first.send_signal(signal.SIGTERM)  # finishes its step, and saves
+    assert first.returncode == 0
+    saved, log = checkpoints(tmp_path), read_log(tmp_path / "log.jsonl")
+    assert len(saved) == 1 and int(saved[0].name[5:]) == log[-1]["step"] < 300
+
+
+def test_a_reader_that_goes_away_does_not_end_training(tmp_path):
+    with subprocess.Popen([sys.executable, "train.py", *TINY, *BLIND, "--out_dir", tmp_path], cwd=ROOT,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        process.stdout.close()
+    assert process.returncode == 0 and checkpoints(tmp_path)[0].name == "step_000003"
+
+
+def test_other_data_or_another_teacher_is_no_resumption(tmp_path):
+    rows = write(tmp_path / "rows.jsonl", (HERE / "chains/train.jsonl").read_text())
+    teacher = tmp_path / "teacher"
+    subprocess.run(["cp", "-r", HERE / "chains/teacher", teacher], check=True)
+    out = tmp_path / "out"
+    run(*TINY, *BLIND, "--data", rows, "--teacher", teacher, "--student", HERE / "chains/student", "--out_dir", out)
+    whole = rows.read_text()
+    rows.write_text(whole[: len(whole) // 2].rpartition("\n")[0] + "\n")
+    with pytest.raises(InputError, match="the file of --data has changed since the run began"):
+        run("--resume", "--steps", "4", "--out_dir", out)
+    rows.write_text(whole)
+    weights = bytearray((teacher / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (teacher / "model.safetensors").write_bytes(weights)
+    with pytest.raises(InputError, match="the teacher's weights has changed since the run began"):
+        run("--resume", "--steps", "4", "--out_dir", out)
+
+
+def test_what_a_kill_leaves_is_cleared(tmp_path):
+    run(*TINY, *BLIND, "--out_dir", tmp_path)
+    write(tmp_path / ".step_000002.incomplete/model.safetensors")
+    run("--resume", "--out_dir", tmp_path)
+    assert sorted(f.name for f in tmp_path.iterdir()) == [".lock", "config.json", "log.jsonl", "step_000003"]
+
+
+def test_files_get_the_umasks_mode(tmp_path):
+    before = os.umask(0o027)
+    try:
+        run(*TINY, *BLIND, "--out_dir", tmp_path)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(f.stat().st_mode) for f in (tmp_path / "step_000003").iterdir()} == {0o640}
+
+
+def test_the_log_is_json_to_any_parser(tmp_path):
+    run(*TINY, "--eval_kl", "0", "--max_new_tokens", "3", "--out_dir", tmp_path)  # no response ends
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    found = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert any(r.get("accuracy_given_finish", 0) is None for r in found)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"config": []}', '{"config": {}}', "[" * 100_000, '{"step": "two"}'])
+def test_a_state_that_is_none_is_told(tmp_path, text):
+    write(tmp_path / "step_000003/state.json", text)
+    with pytest.raises(InputError, match="state.json"):
+        run("--resume", "--out_dir", tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"lr": "x"}, {"lr": None}, {"batch_size": 0}, {"loss": "evil"}, {"seed": 1.5}])
+def test_settings_of_another_kind_are_told(tmp_path, change):
+    run(*TINY, *BLIND, "--out_dir", tmp_path)
+    file = tmp_path / "step_000003/state.json"
+    state = json.loads(file.read_text())
+    state["config"] |= change
+    file.write_text(json.dumps(state))
+    with pytest.raises(InputError, match=next(iter(change))):
+        run("--resume", "--out_dir", tmp_path)
+
+
+def test_a_log_of_anything_does_not_stop_a_resumption(tmp_path):
+    run(*TINY, *BLIND, "--save_every", "2", "--out_dir", tmp_path)
+    for junk in (b"\xff\xfe", b"5\n", b"{}\n", b"[" * 100_000):
+        (tmp_path / "log.jsonl").write_bytes(junk)
+        subprocess.run(["rm", "-r", tmp_path / "step_000003"], check=True)
+        run("--resume", "--out_dir", tmp_path)

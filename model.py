@@ -355,8 +355,8 @@ def choose_device(name: str) -> torch.device:
     # cuDNN's attention, the first choice on recent cards, plans a kernel for every new shape: seconds at every step
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
-        if name == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        if name == "cuda" and "LOCAL_RANK" in os.environ:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().split(". ")[0]

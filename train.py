@@ -568,7 +568,7 @@ def plan(config: Config) -> dict[str, float]:
     writers = [t] if config.rollout == "teacher" else [s, t] if config.mix else [s]
     kv = sum(2 * w.num_hidden_layers * w.num_key_value_heads * head_dim_of(w) for w in writers)
     gathered = size * (V * H * (1 if s.tie_word_embeddings else 2) + (P - V * H) // layers * 2) * (parts > 1)
-    gathered_t = size * t.vocab_size * t.hidden_size * 2 if config.shard_teacher else 0
+    head_t = size * t.vocab_size * t.hidden_size if t is not None else 0
     always = {"student: float32 weights": 4 * P / parts, "student: AdamW's moments": 8 * P / parts,
               "student: copy that samples": packed * size * P,
               "teacher": packed * size * P_t / (parts if config.shard_teacher else 1),
@@ -577,7 +577,9 @@ def plan(config: Config) -> dict[str, float]:
     learning = {"gradients": 4 * P / parts, "gradient of the head, on its way": 4 * V * H, "logits of a chunk": chunk,
                 "activations kept for backward": activations,
                 "activations passing through": tokens * size * (4 * H + 3 * s.intermediate_size),
-                "weights gathered by --shard": gathered + gathered_t}
+                "weights gathered by --shard": gathered + 2 * head_t * config.shard_teacher}
+    if config.teacher_device:  # the teacher lies there, and a copy of its head here
+        always["teacher"] = head_t
     teacher = f"; teacher {config.teacher}: {P_t:,}" if P_t else ""
     print(f"student {config.student}: {P:,} parameters{teacher}"
           f"\nassumed: prompts of {prompt} tokens, whole responses of {whole}, {rows} of {config.batch_size} rows on a "

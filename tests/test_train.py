@@ -278,6 +278,26 @@ def test_plan_needs_nothing_but_two_configurations(tmp_path, capsys):
     assert memory["in all, while sampling"] < memory["in all, while learning"] < 3
 
 
+def test_the_plan_of_several_devices(capsys):
+    """A shard holds its part of the weights; what a rank samples from, reads and caches stays whole."""
+    def plan(*flags) -> dict:
+        run("--plan", "--data", "chains", "--batch_size", "64", *flags)
+        lines = [line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+        return {line[0].strip(): float(line[1]) for line in lines if line[1][0].isdigit() and "x" not in line[1]}
+
+    one, many = plan(), plan("--shard", "4", "--world", "8", "--shard_teacher")
+    assert many["KV cache"] == pytest.approx(one["KV cache"] / 8, abs=1e-3)
+    assert many["gradients"] == pytest.approx(one["gradients"] / 4, abs=1e-3)
+    assert many["student: copy that samples"] == one["student: copy that samples"]
+    assert many["in all, while learning"] < one["in all, while learning"]
+    with pytest.raises(InputError, match="--shard 3: 8 ranks are no multiple of it"):
+        plan("--shard", "3", "--world", "8")
+    with pytest.raises(InputError, match="less than one row for each of 8 ranks"):
+        plan("--world", "8", "--batch_size", "7")
+    with pytest.raises(InputError, match="--shard_teacher needs --shard"):
+        plan("--shard_teacher")
+
+
 def test_the_plan_of_supervised_training_has_no_teacher_and_no_sampling(capsys):
     run("--plan", "--data", "chains", "--rollout", "data", "--loss", "cross_entropy")
     said = capsys.readouterr().out

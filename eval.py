@@ -593,18 +593,34 @@ def teacher_prefix(config: Config) -> dict:
 
 
 def tokens(config: Config) -> dict:
-    """One response of each student, token by token, with its KL and both models' probability of it."""
+    """One response of each student, token by token: its KL, both models' probability of it, and the three tokens that
+    each finds most likely. "cuts": where the prefix ends, for the checkpoint of a run."""
     students, teacher, tokenizer, stop_ids, rows = load_models(config)
-    row, pages = rows[config.index], {}
+    row, pages, cuts, merged = rows[config.index], {}, {}, list(stop_ids) if config.stop_class else []
+
+    def preferred(model: Decoder, ids: list[int], start: int) -> list[list[tuple[str, float]]]:
+        found = []
+        for hidden in model(torch.tensor([ids], device=model.device))[0, start:].split(256):
+            p = model.logits(hidden).softmax(-1)
+            p[:, merged[:1]], p[:, merged[1:]] = p[:, merged].sum(1, keepdim=True), 0  # one class, as in the KL
+            chance, token = (x.tolist() for x in p.topk(3))
+            found += [[(tokenizer.decode([i]), round(c, 6)) for i, c in zip(*top)] for top in zip(token, chance)]
+        return found
+
     for name, student in students.items():
         rollout = sample_responses(student, [row["prompt_ids"]], config, stop_ids)
-        stats = score(rollout, student, teacher, stop_ids=stop_ids if config.stop_class else ())
+        stats, ids = score(rollout, student, teacher, stop_ids=merged), rollout.response(0)
+        tops = [preferred(m, row["prompt_ids"] + ids[:-1], len(row["prompt_ids"]) - 1) for m in (student, teacher)]
         pages[name] = [
-            {"text": tokenizer.decode([i]), "kl": kl, "student": math.exp(log_p), "teacher": math.exp(log_q)}
-            for i, kl, log_p, log_q in zip(rollout.response(0), *(stats[k].tolist() for k in (
-                "kl", "student_logprob", "teacher_logprob")))
+            {"text": tokenizer.decode([i]), "kl": kl, "student": math.exp(log_p), "teacher": math.exp(log_q),
+             "student_top": student_top, "teacher_top": teacher_top}
+            for i, kl, log_p, log_q, student_top, teacher_top in zip(ids, *(stats[k].tolist() for k in (
+                "kl", "student_logprob", "teacher_logprob")), *tops)
         ]
-    return {"config": asdict(config), "prompt": row["prompt"], "responses": pages}
+        state = checkpoint_folder(name) / "state.json"
+        run = read_json(state).get("config", {}) if state.is_file() else {}
+        cuts[name] = run.get("prefix_len") if run.get("window") in ("prefix", "first") else None
+    return {"config": asdict(config), "prompt": row["prompt"], "responses": pages, "cuts": cuts}
 
 
 if __name__ == "__main__":

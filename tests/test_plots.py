@@ -4,6 +4,7 @@ import bisect
 import json
 import math
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -98,18 +99,31 @@ def command(monkeypatch, *argv: str) -> None:
     runpy.run_path(evaluation.__file__, run_name="__main__")
 
 
-def test_tokens_page_takes_no_text_for_markup(tmp_path, monkeypatch):
-    data, prompt = tmp_path / "evil.jsonl", "<script>alert(1)</script>&amp;\nDan?\n"
+def test_tokens_page_says_what_the_teacher_preferred_and_takes_no_text_for_markup(tmp_path, monkeypatch):
+    run, data, prompt = tmp_path / "step_000001", tmp_path / "evil.jsonl", "</script><script>alert(1)</script>\nDan?\n"
+    shutil.copytree(STUDENT, run)
+    (run / "state.json").write_text(json.dumps({"config": {"prefix_len": 16, "window": "prefix"}}))
     data.write_text(json.dumps({"prompt": prompt}) + "\n")
-    flags = ("--data", str(data), "--model", STUDENT, "--teacher", TEACHER, "--max_new_tokens", "60",
+    flags = ("--data", str(data), "--model", f"{STUDENT},{run}", "--teacher", TEACHER, "--max_new_tokens", "60",
              "--device", "cpu")
     command(monkeypatch, "tokens", *flags, f"--out={tmp_path / 't.html'}")
     page, found = (tmp_path / "t.html").read_text(), json.loads((tmp_path / "t.json").read_text())
-    assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;&amp;amp;" in page
-    rollout = sample(config(*flags), 0)
-    assert page.count("<span") == int(rollout.lens[0]) == len(found["responses"][STUDENT])
-    p = read(STUDENT, rollout)[0].gather(1, torch.tensor(rollout.response(0))[:, None])[:, 0].exp()
-    assert [t["student"] for t in found["responses"][STUDENT]] == pytest.approx(p.tolist(), rel=1e-3)
+    template = (HERE / "tokens.html").read_text()
+    before, after = template.split("__NUMBERS__")
+    assert page.startswith(before) and page.endswith(after) and page.count("</") == template.count("</")
+    assert json.loads(page[len(before) : -len(after)]) == found and found["prompt"] == prompt
+    assert found["cuts"] == {STUDENT: None, str(run): 16}
+
+    rollout, response = sample(config(*flags), 0), found["responses"][STUDENT]
+    assert len(response) == int(rollout.lens[0])
+    for who, folder in (("student", STUDENT), ("teacher", TEACHER)):
+        p = read(folder, rollout)[0].exp()
+        of_token = p.gather(1, torch.tensor(rollout.response(0))[:, None])[:, 0].tolist()
+        assert [t[who] for t in response] == pytest.approx(of_token, rel=1e-3)
+        assert [[chance for _, chance in t[f"{who}_top"]] for t in response] == [
+            pytest.approx(row, abs=2e-6) for row in p.topk(3).values.tolist()]
+        decode, best = evaluation.Tokenizer(Path(folder)).decode, p.argmax(-1).tolist()
+        assert [t[f"{who}_top"][0][0] for t in response] == [decode([i]) for i in best]
 
 
 def fake_run(folder: Path, prefix_len: int, seed: int, accuracies: list[float]) -> str:

@@ -9,17 +9,59 @@ from pathlib import Path
 from data import InputError
 from data.run import read_log
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")  # Okabe and Ito's
-STYLES = ("-", "--", "-.", ":")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#999999")  # Okabe and Ito's
 
 
-def axes(rows: int, columns: int, width: float = 5.0, height: float = 3.2):
-    import matplotlib
+def panels(titles: list[str], x_label: str, x_scale: str = "linear"):
+    """A figure with a panel for each title, side by side, and the panels; three fill a screen of 1,200 pixels."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    figure = Figure((4 * len(titles) if len(titles) > 1 else 9, 3.6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1)
+    grid = figure.subplots(1, len(titles), squeeze=False)[0]
+    for panel, title in zip(grid, titles):
+        panel.set_title(title, fontsize=10, loc="left")
+        panel.set(xlabel=x_label, xscale=x_scale)
+        panel.xaxis.set_major_formatter(EngFormatter())  # 1 k, 1 M, ...
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, grid
 
-    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
+
+def log_scale(panel) -> None:
+    """A logarithmic y axis in plain numbers, five decades at most: what lies below them is as good as nothing."""
+    panel.set_yscale("log")
+    low, high = panel.get_ylim()
+    panel.set_ylim(max(low, high / 1e5), high)
+    panel.yaxis.set_major_formatter("{x:g}")
+    if high < 200 * low:  # then powers of ten are few: 0.2 and 0.5 too
+        panel.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "25" else "")
+
+
+def name_lines(figure, grid, names: list[str]) -> None:
+    """Name the first lines of every panel where they end, moved apart so that no two names overlap; in one legend
+    below if the names are many or long. Of paths, the last two parts are shown if they differ."""
+    short = [re.sub(r"\S*/(?=[^\s/]+/[^\s/]+)", "", name) for name in names]
+    names = short if len(set(short)) == len(names) else names
+    longest = max(len(line) for name in names for line in name.split("\n"))
+    if len(names) > 6 or longest * len(grid) > 48:
+        columns = max(1, min(len(names), 4, 50 * len(grid) // (longest + 8)))
+        figure.legend(grid[0].get_lines(), names, loc="outside lower center", ncols=columns, fontsize=9)
+        return
+    for panel in grid:
+        labels = [panel.annotate(
+            name, (line.get_xdata()[-1], line.get_ydata()[-1]), (7, 0), textcoords="offset points", va="center",
+            color=line.get_color(), fontsize=9, annotation_clip=False, zorder=1)
+            for name, line in zip(names, panel.get_lines())]
+        figure.draw_without_rendering()
+        boxes, up = [label.get_window_extent() for label in labels], [0.0] * len(labels)
+        for _, (i, j) in itertools.product(range(200), itertools.permutations(range(len(labels)), 2)):
+            a, b, gap = boxes[i], boxes[j], boxes[j].y0 + up[j] - boxes[i].y1 - up[i]
+            if -a.height <= gap < 0 and a.x0 < b.x1 and b.x0 < a.x1:  # i is the lower one
+                up[i], up[j] = up[i] + gap / 2, up[j] - gap / 2
+        for label, y in zip(labels, up):
+            label.set_position((7, y * 72 / figure.dpi))
 
 
 def draw_diagnostic(kind: str, numbers: dict, out: str) -> None:
@@ -27,61 +69,49 @@ def draw_diagnostic(kind: str, numbers: dict, out: str) -> None:
     path = Path(out or f"{kind}.{'html' if kind == 'tokens' else 'png'}")
     path.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n")
     if kind == "tokens":
-        path.write_text(tokens_page(numbers), encoding="utf-8")
+        template = (Path(__file__).parent / "tokens.html").read_text(encoding="utf-8")
+        text = json.dumps(numbers).replace("<", "\\u003c")  # without a "<", no text can end the script that holds it
+        path.write_text(template.replace("__NUMBERS__", text), encoding="utf-8")
     else:
-        figure = draw_positions(numbers) if kind == "positions" else draw_teacher_prefix(numbers)
-        figure.savefig(path, dpi=130)
+        (draw_positions if kind == "positions" else draw_teacher_prefix)(**numbers).savefig(path, dpi=130)
     print(f"written: {path} and {path.with_suffix('.json')}")
 
 
-def draw_positions(numbers: dict):
-    panels = {"kl": "reverse KL, nats", "student_entropy": "student's entropy, nats",
-              "teacher_entropy": "teacher's entropy, nats", "agree": "top-1 agreement"}
-    figure, grid = axes(2, 2)
-    for number, (name, curve) in enumerate(numbers["curves"].items()):
-        color, style = COLORS[number % 8], STYLES[number % 4]
-        for panel, (key, label) in zip(grid.flat, panels.items()):
-            y, half = curve[key], curve[f"{key}_half_width"]
-            low = [a - h if key == "agree" else max(a - h, a / 3) for a, h in zip(y, half)]  # a logarithm needs > 0
-            panel.plot(curve["position"], y, style, color=color, label=name, linewidth=1.5, marker="o", markersize=3)
-            panel.fill_between(curve["position"], low, [a + h for a, h in zip(y, half)], color=color, alpha=0.2)
-            panel.set(xlabel="response position (1 is the first)", ylabel=label, xscale="log",
-                      yscale="linear" if key == "agree" else "log")
-    grid[0, 0].legend(fontsize=8)
-    config = numbers["config"]
-    figure.suptitle(f"Student against teacher by position; responses are the {config['responses']}'s "
-                    f"({config['data']}); bands: 95%", fontsize=11)
+def draw_positions(config: dict, curves: dict):
+    shown = {"reverse KL, nats": ["kl"], "top-1 agreement": ["agree"],
+             "entropy, nats (dashed: the teacher's)": ["student_entropy", "teacher_entropy"]}
+    figure, grid = panels(list(shown), "response position (1 is the first token)", "log")
+    for panel, keys in zip(grid, shown.values()):
+        for key, (number, curve) in itertools.product(keys, enumerate(curves.values())):
+            x, y, half, color = curve["position"], curve[key], curve[f"{key}_half_width"], COLORS[number % 8]
+            panel.plot(x, y, "--" if key == "teacher_entropy" else "-", color=color, marker="o", markersize=2.5)
+            low = [max(a - h, a / 3) for a, h in zip(y, half)]  # a logarithm needs > 0
+            high = [min(a + h, 1) if key == "agree" else a + h for a, h in zip(y, half)]
+            panel.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+        if keys != ["agree"]:
+            log_scale(panel)
+    name_lines(figure, grid, list(curves))
+    figure.suptitle(f"Student against teacher along the {config['responses']}'s responses ({config['data']}); "
+                    "bands: 95% of the mean", fontsize=11)
     return figure
 
 
-def draw_teacher_prefix(numbers: dict):
-    figure, grid = axes(1, 1, 7, 4.2)
-    for number, (label, points) in enumerate(numbers["curves"].items()):
+def draw_teacher_prefix(config: dict, curves: dict):
+    title = f"Who starts decides: accuracy on {config['data']} at temperature {config['temperature']:g} (bands: 95%)"
+    figure, grid = panels([title], "k, tokens given")
+    for number, points in enumerate(curves.values()):
         x, color = range(len(points)), COLORS[number % 8]
-        grid[0, 0].plot(x, [p["accuracy"] for p in points], STYLES[number % 4], marker="o", markersize=4, color=color,
-                        label=label)
-        grid[0, 0].fill_between(x, [p["low"] for p in points], [p["high"] for p in points], color=color, alpha=0.15)
-        grid[0, 0].set_xticks(x, [str(p["k"]) for p in points])
-    config = numbers["config"]
-    grid[0, 0].set(xlabel="k, tokens given", ylabel="accuracy (band: 95%)", ylim=(-0.02, 1.02),
-                   title=f"Who starts decides ({config['data']}, temperature {config['temperature']})")
-    grid[0, 0].legend(fontsize=8)
+        grid[0].plot(x, [p["accuracy"] for p in points], ("-", "--")[number % 2], marker="o", markersize=4, color=color)
+        grid[0].fill_between(x, [p["low"] for p in points], [p["high"] for p in points], color=color, alpha=0.15)
+        grid[0].set_xticks(x, [str(p["k"]) for p in points])
+    name_lines(figure, grid, [name.replace(" after ", "\nafter ") for name in curves])
     return figure
-
-
-def tokens_page(numbers: dict) -> str:
-    """The page data/tokens.html with the numbers in it; without a "<", no text can end the script that holds them."""
-    page = (Path(__file__).parent / "tokens.html").read_text(encoding="utf-8")
-    return page.replace("__NUMBERS__", json.dumps(numbers).replace("<", "\\u003c"))
 
 
 # --- any number of runs
 
-
-COSTS = {"flop": "training FLOP", "tokens": "tokens trained on", "seconds": "seconds of training"}
 METRICS = {"sampled_accuracy": "accuracy, sampled", "greedy_accuracy": "accuracy, greedy",
-           "kl": "held-out KL, nats a token", "sampled_finish": "P(finish), sampled",
-           "sampled_length": "length, sampled, tokens"}
+           "kl": "held-out KL, nats a token"}
 NOT_COMPARED = {"seed", "out_dir", "save_every", "eval_every", "keep", "resume", "overwrite", "micro_tokens", "plan"}
 
 
@@ -89,11 +119,11 @@ def read_run(folder: Path) -> dict:
     """{"config", "points": [{step, flop, tokens, seconds, and the metrics evaluated there}]} of a run's folder."""
     if not (folder / "log.jsonl").is_file():
         raise InputError(f"{folder}: no log.jsonl there, so it is no run's folder")
-    spent, points = {0: {"flop": 0.0, "tokens": 0, "seconds": 0.0}}, {}
+    costs = {"flop": "total_flop", "tokens": "total_tokens_trained", "seconds": "total_seconds"}
+    spent, points = {0: dict.fromkeys(costs, 0)}, {}
     for r in read_log(folder / "log.jsonl"):
         if "loss" in r:
-            spent[r["step"]] = {"flop": r["total_flop"], "tokens": r["total_tokens_trained"],
-                                "seconds": r["total_seconds"]}
+            spent[r["step"]] = {cost: r[total] for cost, total in costs.items()}
         elif r["eval"] == "student":
             point, kind = points.setdefault(r["step"], {"step": r["step"], **spent[r["step"]]}), r["kind"]
             point |= {"kl": r["kl"]} if kind == "kl" else {
@@ -112,39 +142,35 @@ def group_runs(folders: list[str]) -> dict[str, list[dict]]:
     for run in runs:
         name = ", ".join(f"{k} {run['config'][k]}" for k in keys if run["config"].get(k) not in (None, 0))
         groups.setdefault(name or "all runs", []).append(run)
-
-    def by_number(name: str) -> list:
-        words = [word.rstrip(",") for word in name.split()]
-        return [(0, float(w), "") if re.fullmatch(r"\d[\d.e-]*", w) else (1, 0.0, w) for w in words]
-
-    return {name: groups[name] for name in sorted(groups, key=by_number)}
+    return {name: groups[name] for name in sorted(groups, key=lambda name: [
+        (0, float(w), "") if re.fullmatch(r"\d[\d.e-]*", w) else (1, 0.0, w) for w in re.split("[ ,]+", name)])}
 
 
-def cost_to_reach(points: list[dict], key: str, goal: float, cost: str = "flop") -> float:
-    """The cost at which a metric first reaches the goal, interpolated between evaluations; nan if it never does."""
+def tell_apart(names: list[str]) -> tuple[list[str], list[str]]:
+    """Shorter names that still tell the groups apart, and the flags left out."""
+    hidden = []
+    for flag in reversed(dict.fromkeys(part.split()[0] for name in names for part in name.split(", "))):
+        fewer = [", ".join(p for p in name.split(", ") if p.split()[0] != flag) for name in names]
+        if all(fewer) and len(set(fewer)) == len(names):
+            names, hidden = fewer, [flag, *hidden]
+    return names, hidden
+
+
+def first_at(points: list[dict], key: str, goal: float, wanted: str) -> float:
+    """`wanted` where `key` first reaches the goal, interpolated between evaluations; nan if it never does."""
     if points[0][key] >= goal:
-        return points[0][cost]
+        return points[0][wanted]
     for a, b in itertools.pairwise(points):
         if a[key] < goal <= b[key]:
-            return a[cost] + (b[cost] - a[cost]) * (goal - a[key]) / (b[key] - a[key])
-    return math.nan
-
-
-def metric_at(points: list[dict], key: str, cost: str, spent: float) -> float:
-    """A metric when so much had been spent, interpolated between evaluations; nan if the run ended before."""
-    for a, b in itertools.pairwise(points):
-        if a[cost] <= spent <= b[cost]:
-            return a[key] + (b[key] - a[key]) * (spent - a[cost]) / max(b[cost] - a[cost], 1e-30)
+            return a[wanted] + (b[wanted] - a[wanted]) * (goal - a[key]) / (b[key] - a[key])
     return math.nan
 
 
 def mean_and_range(values: list[float]) -> str:
     """"1.2 (1.1 to 1.3)", over those that are numbers."""
     values = [v for v in values if not math.isnan(v)]
-    if not values:
-        return "not reached"
     spread = f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.3g}{spread}"
+    return f"{sum(values) / len(values):.3g}{spread}" if values else "not reached"
 
 
 def draw_runs(folders: list[str], out: str, goals: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9)) -> None:
@@ -155,45 +181,40 @@ def draw_runs(folders: list[str], out: str, goals: tuple[float, ...] = (0.5, 0.7
                if all(k in p for runs in groups.values() for r in runs for p in r["points"])}
     if not metrics or not all(r["points"] for runs in groups.values() for r in runs):
         raise InputError("runs: no metric was evaluated in all of these runs; train with --eval_every")
-    shown = [k for k in ("sampled_accuracy", "greedy_accuracy", "kl") if k in metrics]
-    figure, grid = axes(1, len(shown), 4.6, 3.6)
+    figure, grid = panels(list(metrics.values()), "training FLOP")
     numbers: dict = {}
     for number, (name, runs) in enumerate(groups.items()):
         steps = sorted(set.intersection(*({p["step"] for p in r["points"]} for r in runs)))
         at = [[next(p for p in r["points"] if p["step"] == s) for s in steps] for r in runs]  # (runs, steps)
         numbers[name] = {"seeds": [r["config"]["seed"] for r in runs], "steps": steps, "points": at}
-        color, style = COLORS[number % 8], STYLES[number // 8 % 4]
-        for panel, key in zip(grid[0], shown):
-            x = [sum(p["flop"] for p in points) / len(runs) / 1e12 for points in zip(*at)]
+        x, color = [sum(p["flop"] for p in points) / len(runs) for points in zip(*at)], COLORS[number % 8]
+        for panel, key in zip(grid, metrics):
             y = [[p[key] for p in points] for points in zip(*at)]  # (steps, runs)
-            middle = [sum(v) / len(v) for v in y]
-            low, high = [min(v) for v in y], [max(v) for v in y]
-            spread = [[max(0, m - x) for m, x in zip(middle, low)], [max(0, x - m) for m, x in zip(middle, high)]]
-            panel.errorbar(x, middle, spread, fmt=style + "o", markersize=4, capsize=3, color=color, label=name)
-            panel.set(xlabel="training TFLOP", title=metrics[key])
-            panel.set_yscale("log" if key == "kl" else "linear")
-            panel.grid(alpha=0.3)
-    grid[0, 0].legend(fontsize=8)
-    several = max(len(runs) for runs in groups.values())
-    figure.suptitle(f"Mean over seeds (up to {several}); bars: lowest to highest seed", fontsize=10)
-
+            panel.plot(x, [sum(v) / len(v) for v in y], "-o" if number < 8 else "--o", markersize=4, color=color)
+            panel.vlines(x, list(map(min, y)), list(map(max, y)), color=color)
+            panel.locator_params("x", nbins=5)
+    if "kl" in metrics:
+        log_scale(grid[-1])
+    names, hidden, several = *tell_apart(list(groups)), max(map(len, groups.values()))
+    name_lines(figure, grid, names)
+    figure.suptitle((f"Mean over seeds (up to {several}), bars: lowest to highest" if several > 1 else "One seed")
+                    + (f"; the runs also differ in {', '.join(hidden)}" if hidden else ""), fontsize=11)
     for key, goal in itertools.product([k for k in metrics if k.endswith("accuracy")], goals):
-        needed = {n: [cost_to_reach(r["points"], key, goal) for r in runs] for n, runs in groups.items()}
+        needed = {n: [first_at(r["points"], key, goal, "flop") for r in runs] for n, runs in groups.items()}
         numbers.setdefault(f"flop_to_reach_{key}", {})[str(goal)] = needed
-        if not all(math.isnan(v) for values in needed.values() for v in values):
+        reached = {name: sum(not math.isnan(v) for v in values) for name, values in needed.items()}
+        if any(reached.values()):
             print(f"\nFLOP until {metrics[key]} reaches {goal}:")
             for name, values in needed.items():
-                reached = sum(not math.isnan(v) for v in values)
-                print(f"  {name:40} {reached} of {len(values)} runs, {mean_and_range(values)}")
+                print(f"  {name:40} {reached[name]} of {len(values)} runs, {mean_and_range(values)}")
     for cost, part in itertools.product(("flop", "tokens"), (0.5, 1.0)):
         spent = part * min(r["points"][-1][cost] for runs in groups.values() for r in runs)
-        print(f"\nAt {spent:.3g} {COSTS[cost].removeprefix('training ')}:")
+        print(f"\nAt {spent:.3g} {'FLOP' if cost == 'flop' else 'tokens trained on'}:")
         for name, runs in groups.items():
-            found = {k: [metric_at(r["points"], k, cost, spent) for r in runs] for k in metrics}
+            found = {k: [first_at(r["points"], cost, spent, k) if r["points"][0][cost] <= spent else math.nan
+                         for r in runs] for k in metrics}
             numbers.setdefault(f"at_equal_{cost}", {}).setdefault(str(spent), {})[name] = found
-            print(f"  {name:40} " + ", ".join(f"{metrics[k]} {mean_and_range(v)}" for k, v in found.items()
-                                              if k == "kl" or k.endswith("accuracy")))
-    path = Path(out)
-    figure.savefig(path, dpi=130)
-    path.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n")
-    print(f"\nwritten: {path} and {path.with_suffix('.json')}")
+            print(f"  {name:40} " + ", ".join(f"{metrics[k]} {mean_and_range(v)}" for k, v in found.items()))
+    figure.savefig(out, dpi=130)
+    Path(out).with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n")
+    print(f"\nwritten: {out} and {Path(out).with_suffix('.json')}")

@@ -1,6 +1,7 @@
 """The diagnostics of eval.py against their definitions, and the pictures of data/plots.py."""
 
 import bisect
+import itertools
 import json
 import math
 import runpy
@@ -126,6 +127,22 @@ def test_tokens_page_says_what_the_teacher_preferred_and_takes_no_text_for_marku
         assert [t[f"{who}_top"][0][0] for t in response] == [decode([i]) for i in best]
 
 
+def test_names_stand_at_the_ends_of_lines_without_overlap_or_in_a_legend():
+    figure, grid = plots.panels(["left", "right"], "x")
+    for panel, y in itertools.product(grid, (1.0, 1.01, 1.02, 5.0)):
+        panel.plot([0, 1], [0, y])
+    plots.name_lines(figure, grid, ["one", "two", "three", "four"])
+    figure.draw_without_rendering()
+    for panel in grid:
+        names = [text for text in panel.texts if text.get_text()]
+        boxes = sorted((text.get_window_extent() for text in names), key=lambda box: box.y0)
+        assert len(names) == 4 and all(b.y0 > a.y1 - 1 for a, b in itertools.pairwise(boxes)) and not figure.legends
+    plots.name_lines(figure, grid, [f"a name that is much too long, {i}" for i in range(4)])
+    assert len(figure.legends) == 1
+    assert plots.tell_apart(["a 1, b 2", "a 2, b 1"]) == (["a 1", "a 2"], ["b"])
+    assert plots.tell_apart(["a 1", "a 1, b 2", "a 2"]) == (["a 1", "a 1, b 2", "a 2"], [])
+
+
 def fake_run(folder: Path, prefix_len: int, seed: int, accuracies: list[float]) -> str:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({
@@ -159,8 +176,8 @@ def test_runs_are_grouped_by_what_differs_and_compared_at_equal_cost(tmp_path, c
     assert equal["prefix_len 100"]["sampled_accuracy"] == pytest.approx([0.2 + 0.6 / 5, 0.2 + 0.4 / 5])
     assert "At 2e+10 FLOP" in said and "accuracy, sampled 0.85 (0.8 to 0.9)" in said
     points = [{"flop": 0.0, "x": 0.1}, {"flop": 1.0, "x": 0.2}]
-    assert math.isnan(plots.metric_at(points, "x", "flop", 1.5)) and math.isnan(plots.cost_to_reach(points, "x", 0.5))
-    assert plots.cost_to_reach([{"flop": 0.0, "x": 0.6}], "x", 0.5) == 0.0
+    assert math.isnan(plots.first_at(points, "flop", 1.5, "x")) and math.isnan(plots.first_at(points, "x", 0.5, "flop"))
+    assert plots.first_at([{"flop": 0.0, "x": 0.6}], "x", 0.5, "flop") == 0.0
 
     older, newer = tmp_path / "a1/config.json", tmp_path / "a2/config.json"  # one from before there was a flag
     newer.write_text(json.dumps({**json.loads(older.read_text()), "mix": 0.1, "seed": 2}))

@@ -6,7 +6,7 @@
 
     python eval.py positions --model data/chains/student,out/step_000030  # KL, entropies, agreement by position
     python eval.py teacher_prefix --lens 0,4,8,16,32,64                   # accuracy after k tokens of the other model
-    python eval.py tokens --index 3 --out tokens.html                     # one response coloured by KL; the teacher's choices
+    python eval.py tokens --index 3 --out tokens.html                     # one response, coloured by KL
     python eval.py runs out_a out_b ...                                   # accuracy and KL against FLOP
 
 A response is right when its stated answer equals the reference (data/answers.py). Since a model trained on prefixes may

@@ -66,15 +66,15 @@ def test_a_save_that_fails_says_how_much_is_missing_and_keeps_the_last(tmp_path,
         save_file(weights, file)
 
     monkeypatch.setattr(data.run, "save_file", full)
-    with pytest.raises(InputError, match=r"step 2 could not be saved .*No space left.*it takes 0\.\d+ GB, and .* GB are "
-                                         "free. The last complete checkpoint is .*step_000001; make room and go on with"):
+    with pytest.raises(InputError, match=r"step 2 could not be saved .*No space left.*it takes 0\.\d+ GB, and .* GB "
+                                         "are free. The last complete checkpoint is .*step_000001; make room and go"):
         run(*TINY, *BLIND, "--save_every", "1", "--out_dir", tmp_path)
     assert [f.name for f in tmp_path.iterdir() if "step" in f.name] == ["step_000001"]
 
 
 def test_two_runs_in_one_folder(tmp_path):
-    with subprocess.Popen([sys.executable, "train.py", *TINY, *BLIND, "--steps", "300", "--out_dir", tmp_path], cwd=ROOT,
-                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
+    command = [sys.executable, "train.py", *TINY, *BLIND, "--steps", "300", "--out_dir", tmp_path]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
         while not (tmp_path / "log.jsonl").exists():
             assert first.poll() is None
             time.sleep(0.05)

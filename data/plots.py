@@ -140,7 +140,8 @@ def group_runs(folders: list[str]) -> dict[str, list[dict]]:
     known = dict.fromkeys(k for r in runs for k in r["config"])
     keys = [k for k in known if k not in NOT_COMPARED and len({str(r["config"].get(k) or 0) for r in runs}) > 1]
     for run in runs:
-        name = ", ".join(f"{k} {run['config'][k]}" for k in keys if run["config"].get(k) not in (None, 0))
+        name = ", ".join(f"{k} {run['config'][k]}" for k in keys
+                         if run["config"].get(k) is False or run["config"].get(k))
         groups.setdefault(name or "all runs", []).append(run)
     return {name: groups[name] for name in sorted(groups, key=lambda name: [
         (0, float(w), "") if re.fullmatch(r"\d[\d.e-]*", w) else (1, 0.0, w) for w in re.split("[ ,]+", name)])}

@@ -16,6 +16,7 @@ a model costs, and which configurations and folders are accepted.
 import difflib
 import math
 import os
+import reprlib
 from pathlib import Path
 
 import torch
@@ -221,7 +222,10 @@ class Transformer(nn.Module):
             model = cls(load_config(folder))
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            files = sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
+            names = read_json(index).get("weight_map")
+            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+                raise InputError(f"{index}: expected a weight_map from tensors to files")
+            files = sorted({folder / name for name in names.values()})
         else:
             files = [folder / "model.safetensors"]
         expected = dict(model.named_parameters())
@@ -321,10 +325,33 @@ def head_dim_of(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+SIZES = {  # the numbers of config.json that say how large a model is, and the largest that are accepted
+    "num_hidden_layers": 1000, "hidden_size": 2**17, "intermediate_size": 2**20, "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12, "head_dim": 2**12, "vocab_size": 2**24, "max_position_embeddings": 2**31,
+}
+
+
+def check_sizes(fields: dict) -> None:
+    """Refuse other kinds of models, and sizes that no model has: building one of 10^9 layers would take for ever."""
+    if fields.get("model_type") not in ("llama", "qwen2", "qwen3"):
+        kind = reprlib.repr(fields.get("model_type"))
+        raise InputError(f"model_type {kind} is not supported (llama, qwen2 and qwen3 are)")
+    for name, most in SIZES.items():
+        size = fields.get(name)
+        if size is not None and not (type(size) is int and 1 <= size <= most):
+            raise InputError(f"{name} must be a whole number from 1 to {most:,}, found {reprlib.repr(size)}")
+
+
 def check_config(config) -> None:
     """Refuse by name what the code above does not do, rather than compute something else."""
-    if config.model_type not in ("llama", "qwen2", "qwen3"):
-        raise InputError(f"model_type {config.model_type!r} is not supported (llama, qwen2 and qwen3 are)")
+    check_sizes({name: getattr(config, name, None) for name in ("model_type", *SIZES)})
+    if head_dim_of(config) % 2 or not head_dim_of(config):
+        raise InputError(f"head_dim must be even for the rotary embedding, found {head_dim_of(config)}")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise InputError(f"num_attention_heads {config.num_attention_heads} must be a multiple of num_key_value_heads "
+                         f"{config.num_key_value_heads}")
+    if not 0 < config.rms_norm_eps < 1:
+        raise InputError(f"rms_norm_eps must lie between 0 and 1, found {config.rms_norm_eps}")
     rope = config.rope_parameters or {}
     needed = {
         "default": (),
@@ -333,11 +360,17 @@ def check_config(config) -> None:
         "yarn": ("factor",),
     }
     kind = rope.get("rope_type", "default")
-    if kind not in needed:
-        raise InputError(f"rope_type {kind!r} is not supported ({', '.join(needed)} are)")
-    for key in ("rope_theta", *needed[kind]):
-        if not isinstance(rope.get(key), (int, float)):
-            raise InputError(f"rope_type {kind!r} needs a number {key!r} in the configuration, found {rope.get(key)!r}")
+    if not isinstance(kind, str) or kind not in needed:
+        raise InputError(f"rope_type {reprlib.repr(kind)} is not supported ({', '.join(needed)} are)")
+    optional = ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale",
+                "mscale_all_dim")
+    for key in ("rope_theta", *needed[kind], *(key for key in optional if rope.get(key) is not None)):
+        number, least = rope.get(key), 1 if key == "rope_theta" else 1e-9
+        if not (type(number) in (int, float) and least < number < 1e15):
+            raise InputError(f"rope_type {kind!r} needs a number {key!r} above {least} and below 1e15 in the "
+                             f"configuration, found {reprlib.repr(number)}")
+    if kind == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
+        raise InputError("low_freq_factor must be below high_freq_factor")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError("partial_rotary_factor is not supported")
     if config.hidden_act != "silu":
@@ -391,13 +424,17 @@ def checkpoint_folder(path: str | Path, files: tuple[str, ...] = ("*.json", "*.s
 
 
 def load_config(folder: str | Path):
-    from huggingface_hub.errors import StrictDataclassError  # what transformers raises on a field of the wrong kind
+    """The transformers configuration of a checkpoint folder. Raises InputError naming config.json and what is wrong."""
     from transformers import AutoConfig
 
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise InputError(f"{folder}: no config.json there, so it is not a checkpoint folder")
+    fields = read_json(file)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise InputError(f"{file}: {' '.join(str(error).split())}") from None
+        check_sizes(fields)  # before transformers makes a list of all layers
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        check_config(config)
+        return config
+    except Exception as error:  # noqa: BLE001 (transformers raises whatever a field of a wrong kind leads to)
+        raise InputError(f"{file}: {error}") from None

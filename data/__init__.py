@@ -39,26 +39,42 @@ def embedded_model(data: str, name: str, flag_name: str) -> str:
     return os.path.relpath(folder)
 
 
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file. Raises InputError naming the file and what is wrong with it."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error})") from None
+
+
+def parse_object(text: str, where: str | Path) -> dict:
+    """The JSON object that a text is; `where` opens the message when it is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits, and of 1,000 brackets
+        raise InputError(f"{where}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{where}: expected an object, found {type(found).__name__}")
+    return found
+
+
+def read_json(path: str | Path) -> dict:
+    """A JSON file that must hold an object. Raises InputError naming the file and what is wrong with it."""
+    return parse_object(read_text(path), path)
+
+
 def load_jsonl(path: str | Path, need: tuple[str, ...] = ("prompt", "answer")) -> list[dict]:
     """Rows of a UTF-8 JSON-lines file, each an object with the string fields `need`; blank lines are skipped.
 
     Raises InputError naming the file, the line and what is wrong there.
     """
     rows = []
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text: {error}"
-        raise InputError(f"{path}: cannot be read ({reason})") from None
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
+        row = parse_object(line, f"{path}, line {number}")
         for field in need:
             if not isinstance(row.get(field), str):
                 found = type(row[field]).__name__ if field in row else f"only {', '.join(row) or 'nothing'}"
@@ -69,25 +85,19 @@ def load_jsonl(path: str | Path, need: tuple[str, ...] = ("prompt", "answer")) -
     return rows
 
 
-def read_json(path: str | Path) -> dict:
-    """A JSON file that must hold an object. Raises InputError naming the file and what is wrong with it."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
-
-
 def stop(message: str) -> None:
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    line = " ".join(message.split())  # libraries' messages have several
+    print(f"{Path(sys.argv[0]).name}: error: {line[:1000]}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def run_command(main, config) -> None:
     """Run a command's main; what the user can mend is one line and status 2, anything else a traceback. An output pipe
     that was closed (`| head`) ends it with a line as well."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell (`>&-`)
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every character
     try:
         main(config)
         sys.stdout.flush()  # here, where a closed pipe is caught
@@ -96,7 +106,11 @@ def run_command(main, config) -> None:
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:
+    except OSError as error:
+        if error.filename is not None:  # a full disk, a folder that cannot be written, a name that is too long
+            stop(f"{error.filename}: {error.strerror}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush fails as well
+        if not isinstance(error, BrokenPipeError):
+            stop(f"the output cannot be written ({error.strerror or error})")
         print(f"{Path(sys.argv[0]).name}: output pipe closed", file=sys.stderr)
         raise SystemExit(1) from None

@@ -24,12 +24,14 @@ def flag(
 
 
 def check_flags(config) -> None:
-    """Raise InputError for the first field outside its choices or bounds."""
+    """Raise InputError for the first field outside its choices or bounds, or with a number that torch cannot hold."""
     for f in dataclasses.fields(config):
         value, choices = getattr(config, f.name), f.metadata["choices"]
         if choices and value not in choices:
             allowed = ", ".join(str(c) for c in choices if c != "")
             raise InputError(f"--{f.name} {value}: expected one of {allowed}")
+        if isinstance(value, (int, float)) and not abs(value) < 2**63:
+            raise InputError(f"--{f.name} must be below 2^63, found {value}")
         for word, bound in f.metadata["bounds"].items():
             inside = {"at least": value >= bound, "at most": value <= bound, "above": value > bound,
                       "below": value < bound}

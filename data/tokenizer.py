@@ -1,32 +1,42 @@
 """Text to ids and back: a tiktoken encoding built from the tokenizer.json of a Hugging Face checkpoint.
 
 tiktoken is a byte-level BPE and nothing else, which is all that Qwen, Llama 3, SmolLM2 and GPT-2 need. A tokenizer of
-another kind is served by transformers, and says so. Chat templates are rendered by transformers.
+another kind is served by transformers, and says so. Chat templates are rendered by transformers, in another process.
 """
 
+import contextlib
 import functools
 import json
+import math
+import os
 import re
+import reprlib
 import shutil
+import subprocess
+import sys
+import time
 import unicodedata
 from pathlib import Path
 
 import tiktoken
-from jinja2 import TemplateError
 
-from data import InputError, read_json
+from data import HERE, InputError, read_json, read_text
 
 SIDE_FILES = (  # what a checkpoint folder holds besides its configuration and weights, copied along on saving
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-    "chat_template.jinja",
-    "tokenizer.model",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "generation_config.json", "chat_template.jinja", "tokenizer.model",
 )
+
+
+@contextlib.contextmanager
+def one_error(folder: Path):
+    """InputError for whatever libraries raise about a tokenizer's files; their Rust's panics are no Exceptions."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001
+        raise InputError(f"{folder}: not a tokenizer this can read ({type(error).__name__}: {error})") from None
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -79,78 +89,82 @@ class Tokenizer:
         file = self.folder / "tokenizer.json"
         if not file.is_file():
             raise InputError(f"{self.folder}: no tokenizer.json there")
-        spec = read_json(file)
-        try:
-            vocab = spec["model"]["vocab"]
+        with one_error(self.folder):
+            spec = read_json(file)
+            vocab, added = spec["model"]["vocab"], spec.get("added_tokens") or []
             if isinstance(vocab, list):  # Unigram: [token, score] pairs
                 vocab = {token: i for i, (token, _) in enumerate(vocab)}
-            self.special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
-            self.plain = {t["content"] for t in spec.get("added_tokens", []) if not t.get("special")}  # such as <think>
+            self.special = {t["content"]: t["id"] for t in added}
+            self.plain = {t["content"] for t in added if not t.get("special")}  # such as <think>
             self.bos_ids = opening_ids(spec.get("post_processor") or {})
-            merges = spec["model"].get("merges", [])
-            self.merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges]
-            missing = next((a + b for a, b in self.merges if a + b not in vocab), None)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{file}: not a tokenizer this can read ({error!r})") from None
-        if missing is not None:
-            raise InputError(f"{file}: the merge that gives {missing!r} has no id")
-        self.vocab_size = 1 + max([*vocab.values(), *self.special.values()])
-        self.tokens = {i: token for token, i in (vocab | self.special).items()}
-        self.alphabet = byte_alphabet()
-        self.nfc = (spec.get("normalizer") or {}).get("type") == "NFC"
-        self.encoding = self.build_encoding(spec)
-        self.hf = None  # the transformers tokenizer, loaded when something needs it
-        if self.encoding is None:
-            print(f"{self.folder}: the tokenizer is not a plain byte-level BPE, so transformers encodes (slower)")
+            for i in (*vocab.values(), *self.special.values(), *self.bos_ids):
+                if type(i) is not int or not 0 <= i < 2**24:
+                    raise InputError(f"{file}: expected ids from 0 to 16,777,215, found {reprlib.repr(i)}")
+            self.tokens = {i: token for token, i in (vocab | self.special).items()}
+            self.vocab_size, self.alphabet = 1 + max(self.tokens), byte_alphabet()
+            self.nfc = (spec.get("normalizer") or {}).get("type") == "NFC"
+            self.encoding = self.build_encoding(spec, vocab)
+            if self.encoding is None and self.hf:
+                print(f"{self.folder}: the tokenizer is not a plain byte-level BPE, so transformers encodes (slower)")
         self.stop_ids, self.eos_id = self.find_stop_ids()
         self.check_chat()
 
-    def build_encoding(self, spec: dict) -> tiktoken.Encoding | None:
+    def build_encoding(self, spec: dict, vocab: dict[str, int]) -> tiktoken.Encoding | None:
         """The same BPE as a tiktoken.Encoding, or None where tiktoken cannot be the same."""
-        normalizer = (spec.get("normalizer") or {}).get("type")
-        pattern = split_pattern(spec.get("pre_tokenizer") or {})
-        if spec["model"].get("type") != "BPE" or spec["model"].get("byte_fallback") or normalizer not in (None, "NFC"):
+        model, normalizer = spec["model"], (spec.get("normalizer") or {}).get("type")
+        if model.get("type") != "BPE" or model.get("byte_fallback") or normalizer not in (None, "NFC"):
             return None
-        vocab = {t: i for t, i in spec["model"]["vocab"].items() if t not in self.special}
-        if pattern is None or not all(c in self.alphabet for token in vocab for c in token):
+        if any(t.get(o) for t in spec.get("added_tokens") or [] for o in ("lstrip", "rstrip", "single_word")):
+            return None
+        pattern = split_pattern(spec.get("pre_tokenizer") or {})
+        vocab = {token: i for token, i in vocab.items() if token not in self.special}
+        if not pattern or not all(c in self.alphabet for token in vocab for c in token):
             return None
         ranks = {bytes(self.alphabet[c] for c in token): i for token, i in vocab.items()}
+        merges = [m if isinstance(m, list) else m.split(" ") for m in model.get("merges", [])]
         # tiktoken applies the merge whose result has the lowest id; Hugging Face the merge that is listed first.
-        ids = [vocab.get(a + b, -1) for a, b in self.merges]
+        ids = [vocab.get(a + b, -1) for a, b in merges]
+        if -1 in ids:
+            raise InputError(f"{self.folder}: the merge {merges[ids.index(-1)]} in its tokenizer.json has no id")
         if ids != sorted(set(ids)):
+            return None
+        if len(self.tokens) < len(vocab) + len(self.special) or "" in self.special:  # two tokens of one id
             return None
         # Some tokenizers (SmolLM2's) know no token for some rare bytes, and skip them. tiktoken wants one for each, so
         # they get ids that nobody uses; a text that has such a byte is left to transformers.
         self.unknown_bytes = bytes(b for b in range(256) if bytes([b]) not in ranks)
         ranks |= {bytes([b]): 2**30 + b for b in self.unknown_bytes}
-        return tiktoken.Encoding(self.folder.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special)
+        found = tiktoken.Encoding(self.folder.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special)
+        probe = "Is 2+3 five?\n\n\tIt's; 'no' would be wrong.\n"  # tiktoken leaves out what the pattern does not match
+        return found if found.decode(found.encode(probe, disallowed_special=())) == probe else None
 
-    def transformers(self):
-        if self.hf is None:
-            from transformers import AutoTokenizer
+    @functools.cached_property
+    def hf(self):
+        """The transformers tokenizer, loaded when something needs it."""
+        from transformers import AutoTokenizer
 
-            self.hf = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-        return self.hf
+        with one_error(self.folder):
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
 
     def find_stop_ids(self) -> tuple[tuple[int, ...], int]:
         """All declared stop ids, and the one to end a written text with: the tokenizer's own, else the lowest."""
         found, own = set(), None
         for name in ("generation_config.json", "config.json", "tokenizer_config.json"):
             file = self.folder / name
-            if not file.is_file():
-                continue
-            config = read_json(file)
-            eos = config.get("eos_token_id")
-            found.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
-            token = config.get("eos_token")
+            config = read_json(file) if file.is_file() else {}
+            ids, token = config.get("eos_token_id"), config.get("eos_token")
+            ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
             token = token.get("content") if isinstance(token, dict) else token
+            if any(type(i) is not int or i < 0 for i in ids) or not isinstance(token, (str, type(None))):
+                raise InputError(f"{file}: expected eos_token_id to be ids and eos_token a text, found "
+                                 f"{reprlib.repr(ids)} and {reprlib.repr(token)}")
+            found.update(ids)
             if token in self.special:
                 found.add(own := self.special[token])
-        if not found:
-            raise InputError(f"{self.folder}: none of its files declares an end-of-sequence token")
         stop_ids = tuple(sorted(i for i in found if i < self.vocab_size))
         if not stop_ids:
-            raise InputError(f"{self.folder}: the end-of-sequence ids {sorted(found)} lie beyond its {self.vocab_size}")
+            raise InputError(f"{self.folder}: none of its files declares an end-of-sequence token"
+                             + (f" below its {self.vocab_size} ids, but {sorted(found)[:5]}" if found else ""))
         return stop_ids, stop_ids[0] if own is None else own
 
     def encode(self, text: str, special: bool = False) -> list[int]:
@@ -159,21 +173,23 @@ class Tokenizer:
         text = text.encode("utf-8", "replace").decode()  # a lone half of a surrogate pair is no character
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
-        if self.encoding is None or (self.unknown_bytes and set(text.encode()) & set(self.unknown_bytes)):
-            return self.transformers().encode(text, add_special_tokens=False, split_special_tokens=not special)
-        return self.encoding.encode(text, allowed_special="all" if special else self.plain, disallowed_special=())
+        with one_error(self.folder):
+            if self.encoding is None or (self.unknown_bytes and set(text.encode()) & set(self.unknown_bytes)):
+                return self.hf.encode(text, add_special_tokens=False, split_special_tokens=not special)
+            return self.encoding.encode(text, allowed_special="all" if special else self.plain, disallowed_special=())
 
     def decode(self, ids: list[int]) -> str:
         """Text of some ids, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
-        if self.encoding is None:
-            return self.transformers().decode(ids)
-        return self.encoding.decode([i for i in ids if i < self.vocab_size])
+        with one_error(self.folder):
+            if self.encoding is None:
+                return self.hf.decode(ids)
+            return self.encoding.decode([i for i in ids if i < self.vocab_size])
 
     def token_bytes(self, i: int) -> bytes:
         """The bytes that id i stands for (empty where the vocabulary has a gap), to compare two tokenizers."""
         token = self.tokens.get(i, "")
         if token in self.special or not all(c in self.alphabet for c in token):
-            return token.encode()
+            return token.encode("utf-8", "surrogatepass")
         return bytes(self.alphabet[c] for c in token)
 
     def encode_prompt(self, prompt: str) -> list[int]:
@@ -184,70 +200,64 @@ class Tokenizer:
         """
         if not self.chats():
             return self.bos_ids + self.encode(prompt)
-        before, after = self.template_around(" \ue000 ")
-        if before is None:  # the template strips the message, as Llama 3's does
-            before, after = self.template_around("\ue000")
-            prompt = prompt.strip()
-        if before is None:
-            raise InputError(f"{self.folder}: its chat template does not contain the user's message as it is")
-        # Special tokens cut the text, so what touches the prompt up to the nearest of them is encoded together with it.
-        marks = re.compile("|".join(re.escape(t) for t in sorted(self.special, key=len, reverse=True)) or r"(?!)")
-        start = max((m.end() for m in marks.finditer(before)), default=0)
-        end = min((m.start() for m in marks.finditer(after)), default=len(after))
-        middle = self.encode(before[start:] + prompt + after[:end])
-        return self.encode(before[:start], special=True) + middle + self.encode(after[end:], special=True)
+        first, before, after, last, strips = self.around_prompt()
+        return first + self.encode(before + (prompt.strip() if strips else prompt) + after) + last
 
-    def template_around(self, message: str) -> tuple[str, str] | tuple[None, None]:
-        """What the chat template writes before and after a user's message, or Nones if the message is not in there
-        once."""
+    @functools.cache  # noqa: B019 (a few tokenizers a process)
+    def around_prompt(self) -> tuple[list[int], str, str, list[int], bool]:
+        """What the chat template writes around a user's message: ids, text, (the message,) text, ids; and whether it
+        strips the message, as Llama 3's does. Special tokens cut the text: what touches the message up to the nearest
+        of them is encoded together with it."""
+        core = "\ue000 Aa <&>\n\"'\ue000"  # in no template; one that would change a prompt changes this as well
         turns = [{"role": "system", "content": self.system}] if self.system else []
-        turns.append({"role": "user", "content": message})
-        switch = {"enable_thinking": self.thinking == "on"} if self.thinking else {}
-        try:
-            rendered = self.transformers().apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True, **switch
-            )
-        except TemplateError as error:  # from the template's own raise_exception, or it is no valid template
-            raise InputError(f"{self.folder}: its chat template cannot be used here ({error})") from None
-        before, found, after = rendered.partition(message)
-        return (before, after) if found and message not in after else (None, None)
+        chats = [[*turns, {"role": "user", "content": message}] for message in (f" {core} ", core)]
+        options = {"enable_thinking": self.thinking == "on"} if self.thinking else {}
+        texts = render_elsewhere(self.folder, self.chat_template(), chats, self.hf.special_tokens_map | options)
+        for chat, text in zip(chats, texts):
+            before, found, after = text.partition(chat[-1]["content"])
+            if found and core not in after:
+                marks = "|".join(re.escape(t) for t in sorted(self.special, key=len, reverse=True)) or r"(?!)"
+                start = max((m.end() for m in re.finditer(marks, before)), default=0)
+                end = min((m.start() for m in re.finditer(marks, after)), default=len(after))
+                first, last = (self.encode(part, special=True) for part in (before[:start], after[end:]))
+                return first, before[start:], after[:end], last, chat is chats[1]
+        raise InputError(f"{self.folder}: its chat template does not contain the user's message as it is")
 
     def chats(self) -> bool:
         return self.chat != "off" and self.chat_template() is not None
 
-    @functools.cache  # noqa: B019 (a few tokenizers a process)
+    @functools.cache  # noqa: B019
     def chat_template(self) -> str | None:
         """The text of the checkpoint's default chat template."""
         file = self.folder / "chat_template.jinja"
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            return read_text(file)
         file = self.folder / "tokenizer_config.json"
         found = read_json(file).get("chat_template") if file.is_file() else None
         if isinstance(found, list):  # several, by name
-            found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
+            found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
+        if not isinstance(found, (str, type(None))):
+            raise InputError(f"{file}: expected chat_template to be a text, found {reprlib.repr(found)}")
         return found or None
 
     def check_chat(self) -> None:
-        for name, value, allowed in (
-            ("chat", self.chat, ("auto", "on", "off")),
-            ("thinking", self.thinking, ("", "on", "off")),
-        ):
-            if value not in allowed:
-                raise InputError(f"--{name} {value}: expected one of {', '.join(filter(None, allowed))}")
-        if self.chat == "on" and self.chat_template() is None:
+        template = self.chat_template()
+        if self.chat not in ("auto", "on", "off"):
+            raise InputError(f"--chat {self.chat}: expected one of auto, on, off")
+        if self.thinking not in ("", "on", "off"):
+            raise InputError(f"--thinking {self.thinking}: expected one of on, off")
+        if self.chat == "on" and template is None:
             raise InputError(f"--chat on: {self.folder} has no chat template")
-        if self.thinking and "enable_thinking" not in (self.chat_template() or ""):
+        if self.thinking and "enable_thinking" not in (template or ""):
             raise InputError(f"--thinking {self.thinking}: the chat template of {self.folder} has no such switch")
         if self.system and not self.chats():
-            raise InputError(
-                f"--system: {self.folder} renders prompts without a chat template, so there is no system turn"
-            )
+            raise InputError(f"--system: {self.folder} renders prompts without a chat template that could hold it")
 
     def stop_ids_of(self, names: str) -> tuple[int, ...]:
         """Ids of --stop_tokens, a comma-separated list of special tokens or ids."""
         found = []
         for name in filter(None, (n.strip() for n in names.split(","))):
-            i = self.special.get(name, int(name) if name.isdigit() else -1)
+            i = self.special.get(name, int(name) if re.fullmatch(r"\d{1,9}", name) else -1)
             if not 0 <= i < self.vocab_size:
                 raise InputError(f"--stop_tokens {name}: neither a special token of {self.folder} nor one of its ids")
             found.append(i)
@@ -284,10 +294,59 @@ def prompted_as_trained(config, folder: Path) -> None:
     """Give `config` the chat, system and thinking flags of the run that wrote a checkpoint, where they were not given:
     a student must be prompted as in its training."""
     file = folder / "state.json"
-    trained, said = read_json(file).get("config", {}) if file.is_file() else {}, []
+    trained, said = read_json(file).get("config") if file.is_file() else {}, []
     for name, default in (("chat", "auto"), ("system", ""), ("thinking", "")):
-        if name not in getattr(config, "typed", (name,)) and trained.get(name, default) != default:
-            setattr(config, name, trained[name])
-            said.append(f"--{name} {trained[name]}")
+        value = trained.get(name, default) if isinstance(trained, dict) else None
+        if not isinstance(value, str):
+            raise InputError(f"{file}: not the state of a run, whose config would hold a text as {name}")
+        if name not in getattr(config, "typed", (name,)) and value != default:
+            setattr(config, name, value)
+            said.append(f"--{name} {value}")
     if said:
         print(f"prompts as in its training: {' '.join(said)}")
+
+
+# --- a chat template is a program from a checkpoint that may loop or grow: it runs in a process with bounds
+
+SECONDS, MEMORY, LONGEST = 5, 2**32, 10**6  # processor time, bytes, and characters that it writes
+
+
+def render_elsewhere(folder: Path, template: str, chats: list[list[dict]], options: dict) -> list[str]:
+    """What a chat template makes of conversations. Raises InputError when it fails or exceeds the bounds."""
+    request = json.dumps({"chats": chats, "template": template, "options": options})
+    answer = f"it takes more than {SECONDS} s or {MEMORY >> 30} GiB"
+    with contextlib.suppress(subprocess.TimeoutExpired, ValueError):  # ValueError: it was killed before it answered
+        answer = json.loads(subprocess.run(
+            [sys.executable, "-m", "data.tokenizer"], cwd=HERE.parent, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+            input=request, capture_output=True, text=True, timeout=40 * SECONDS, check=False,
+        ).stdout)
+    if not isinstance(answer, list):
+        raise InputError(f"{folder}: its chat template cannot be used here ({answer})")
+    return answer
+
+
+def render(chats: list[list[dict]], template: str, options: dict) -> list[str]:
+    """The same, within the bounds that this system knows. transformers runs templates without access to Python."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    blank = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE()))
+    with contextlib.suppress(ImportError, ValueError):  # Windows has no limits, and macOS none of memory
+        import resource
+
+        end = math.ceil(time.process_time()) + SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (end, end))
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    texts = blank.apply_chat_template(
+        chats, chat_template=template, tokenize=False, add_generation_prompt=True, **options
+    )
+    if max(map(len, texts)) > LONGEST:
+        raise ValueError(f"it writes more than {LONGEST:,} characters")
+    return texts
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(render(**json.load(sys.stdin))))
+    except Exception as error:  # noqa: BLE001
+        print(json.dumps(f"{type(error).__name__}: {error}"))

@@ -166,7 +166,7 @@ def test_system_turn_and_thinking_switch(folder):
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns here') }}{% endif %}"
         "{{ messages[0]['content'] }}")
     assert Tokenizer(folder).encode_prompt("Dan?\n")
-    with pytest.raises(InputError, match="its chat template cannot be used here .no system turns here"):
+    with pytest.raises(InputError, match="its chat template cannot be used here .TemplateError: no system turns here"):
         Tokenizer(folder, system="Be brief.").encode_prompt("Dan?\n")
 
 
@@ -207,7 +207,7 @@ def test_different_tokenizers_are_refused_by_the_first_id(folder):
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
-    for text, message in ((None, "no tokenizer.json there"), ("{]", "cannot be read as JSON"),
+    for text, message in ((None, "no tokenizer.json there"), ("{]", "not JSON"),
                           ('{"model": {}}', "not a tokenizer this can read")):
         if text:
             (tmp_path / "tokenizer.json").write_text(text)

@@ -436,5 +436,7 @@ def load_config(folder: str | Path):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         check_config(config)
         return config
-    except Exception as error:  # noqa: BLE001 (transformers raises whatever a field of a wrong kind leads to)
+    except InputError as error:
         raise InputError(f"{file}: {error}") from None
+    except Exception as error:  # noqa: BLE001 (transformers raises whatever a field of a wrong kind leads to)
+        raise InputError(f"{file}: not a configuration ({type(error).__name__}: {error})") from None

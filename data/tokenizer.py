@@ -308,7 +308,7 @@ def prompted_as_trained(config, folder: Path) -> None:
 
 # --- a chat template is a program from a checkpoint that may loop or grow: it runs in a process with bounds
 
-SECONDS, MEMORY, LONGEST = 5, 2**32, 10**6  # processor time, bytes, and characters that it writes
+SECONDS, MEMORY, LONGEST = 2, 2**31, 10**6  # processor time, bytes, and characters that it writes
 
 
 def render_elsewhere(folder: Path, template: str, chats: list[list[dict]], options: dict) -> list[str]:
@@ -318,7 +318,7 @@ def render_elsewhere(folder: Path, template: str, chats: list[list[dict]], optio
     with contextlib.suppress(subprocess.TimeoutExpired, ValueError):  # ValueError: it was killed before it answered
         answer = json.loads(subprocess.run(
             [sys.executable, "-m", "data.tokenizer"], cwd=HERE.parent, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
-            input=request, capture_output=True, text=True, timeout=40 * SECONDS, check=False,
+            input=request, capture_output=True, text=True, timeout=100 * SECONDS, check=False,
         ).stdout)
     if not isinstance(answer, list):
         raise InputError(f"{folder}: its chat template cannot be used here ({answer})")

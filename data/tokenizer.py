@@ -315,11 +315,13 @@ def render_elsewhere(folder: Path, template: str, chats: list[list[dict]], optio
     """What a chat template makes of conversations. Raises InputError when it fails or exceeds the bounds."""
     request = json.dumps({"chats": chats, "template": template, "options": options})
     answer = f"it takes more than {SECONDS} s or {MEMORY >> 30} GiB"
-    with contextlib.suppress(subprocess.TimeoutExpired, ValueError):  # ValueError: it was killed before it answered
-        answer = json.loads(subprocess.run(
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        done = subprocess.run(
             [sys.executable, "-m", "data.tokenizer"], cwd=HERE.parent, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
             input=request, capture_output=True, text=True, timeout=100 * SECONDS, check=False,
-        ).stdout)
+        )
+        if done.returncode >= 0:  # below: killed
+            answer = json.loads(done.stdout or json.dumps(done.stderr[-300:]))
     if not isinstance(answer, list):
         raise InputError(f"{folder}: its chat template cannot be used here ({answer})")
     return answer

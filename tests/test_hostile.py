@@ -23,8 +23,8 @@ import sample
 import train
 from data import HERE, InputError, load_jsonl, run_command
 from data.flags import parse_flags
-from data.tokenizer import Tokenizer, check_same, render_elsewhere
-from model import Transformer, count_parameters, load_config
+from data.tokenizer import Tokenizer, check_same
+from model import count_parameters, load_config
 from sample import Decoder
 
 STUDENT = HERE / "chains/student"
@@ -32,20 +32,23 @@ CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "to
 NOT_YET = ("state.json", "log.jsonl", "kept.jsonl")  # data/run.py trusts them so far
 PATIENCE = 20  # seconds a command may take on a busy machine; those here take a tenth of one
 
-# What stands in the place of a value, or (bytes) of a whole file or the rest of it
-VALUES = [None, True, False, -1, 0, 1, 2, 3, 7, 0.5, -0.5, 1e200, float("nan"), float("inf"), 10**5, 10**9, 2**31, 2**63,
-          -(2**70), 10**400, "", "x", "two", "²", "NFC", "((((", "(?:a|a)*(?!.)b|.", "(?:a{1000}){1000}", "\ud800",
-          "llama", "gpt2", "\0", [], [1], [None], ["x"], [[2]], [2, "x"], [-3], {}, {"a": 1}, {"content": ["a"]},
-          {"type": "WordPiece"}, {"type": "evil"}, {"rope_type": ["yarn"], "rope_theta": 1},
-          {"rope_type": "yarn", "rope_theta": 1, "factor": 0}, {"rope_type": "linear", "rope_theta": 9.0, "factor": -2},
-          {"AutoConfig": "evil.Cfg"}]
-BYTES = [b"", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe", b"\x00", b"null", b"5", b"NaN", b"[]", b"{}", b'"x"',
-         b'{"x": ' + b"9" * 6000 + b"}", b"{" , b"\xef\xbb\xbf{}"]
+# What stands in the place of a value, or (bytes) of a whole file or of the rest of it
+VALUES = [
+    None, True, False, -1, 0, 1, 2, 3, 7, 0.5, -0.5, 1e200, float("nan"), float("inf"), 10**5, 10**9, 2**31, 2**63,
+    -(2**70), 10**400, "", "x", "two", "²", "NFC", "((((", "(?:a|a)*(?!.)b|.", "(?:a{1000}){1000}", "\ud800", "llama",
+    "gpt2", "\0", [], [1], [None], ["x"], [[2]], [2, "x"], [-3], {}, {"a": 1}, {"content": ["a"]}, {"type": "evil"},
+    {"type": "WordPiece"}, {"rope_type": ["yarn"], "rope_theta": 1}, {"AutoConfig": "evil.Evil"},
+    {"rope_type": "yarn", "rope_theta": 1, "factor": 0}, {"rope_type": "linear", "rope_theta": 9.0, "factor": -2},
+]
+BYTES = [
+    b"", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe", b"\x00", b"null", b"5", b"NaN", b"[]", b"{}", b'"x"', b"{",
+    b'{"x": ' + b"9" * 6000 + b"}", b"\xef\xbb\xbf{}",
+]
 
 
 @st.composite
 def changes(draw, files):
-    """(file, path of keys into its JSON, what to put there), or (file, place from 0 to 1 where to cut, bytes to add)."""
+    """(file, path of keys into its JSON, what to put there), or (file, share to keep of it, bytes to add)."""
     name = draw(st.sampled_from(files))
     if draw(st.integers(0, 4)) == 0:
         return name, draw(st.sampled_from([0.0, 0.0, 0.3, 0.9, 1.0])), draw(st.sampled_from(BYTES))
@@ -55,7 +58,7 @@ def changes(draw, files):
 
 
 def spoil(folder: Path, change) -> None:
-    """Change a file: of the path, each number picks a key or an item, until there is nothing below."""
+    """Change a file. Each number of the path picks a key or an item, until there is nothing below."""
     name, where, what = change
     data = (folder / name).read_bytes()
     if isinstance(where, float):
@@ -115,7 +118,7 @@ def place(tmp_path_factory):
 def load(folder: Path) -> None:
     """What every command does with a checkpoint, and --plan."""
     tokenizer = Tokenizer(folder)
-    tokenizer.decode(tokenizer.encode_prompt("Dan=Eve-8\nEve=14\nDan?\n") + list(tokenizer.stop_ids))
+    tokenizer.decode(tokenizer.encode_prompt("Dan=Eve-8\nEve=14\nDan?\n" + "a" * 40) + list(tokenizer.stop_ids))
     count_parameters(load_config(folder))
     check_same(tokenizer, Tokenizer(STUDENT))
     Decoder.from_pretrained(folder, "cpu", torch.float32, tokenizer.vocab_size)
@@ -127,6 +130,38 @@ def test_a_checkpoint_loads_or_is_refused_in_one_line(place, change):
     folder = copy(STUDENT, place / "student")
     spoil(folder, change)
     ends_well(load, folder, change)
+
+
+TOKENIZER, SPLIT = "tokenizer.json", "pre_tokenizer.pretokenizers.0.pattern.Regex"
+FAULTS = [  # (file, key, values that once ended in a traceback or not at all)
+    ("config.json", "num_hidden_layers", [10**9, 10**5, True, 0]), ("config.json", "hidden_size", [-96, 1e200]),
+    ("config.json", "vocab_size", [-5]), ("config.json", "num_key_value_heads", [-2, 3]),
+    ("config.json", "head_dim", [-32, 31]), ("config.json", "intermediate_size", [-3]),
+    ("config.json", "rope_parameters.rope_type", [["yarn"]]), ("config.json", "rms_norm_eps", [-1.0, float("nan")]),
+    ("config.json", "rope_parameters.rope_theta", [0, -1e4, True, float("inf")]), ("config.json", "dtype", ["evil"]),
+    ("config.json", "eos_token_id", ["two", [[2]], -3]), ("config.json", "model_type", ["evil", ["llama"]]),
+    ("generation_config.json", "eos_token_id", [{"a": 1}, "x", [2, "x"], [None]]),
+    ("tokenizer_config.json", "eos_token", [["a"], {"content": ["a"]}]),
+    ("tokenizer_config.json", "chat_template", [5]), (TOKENIZER, "normalizer", [[1], "NFC"]),
+    (TOKENIZER, "model.vocab.!", ["0", -1, 10**12, 0.0]), (TOKENIZER, "added_tokens.0.id", [-1, "7", [7]]),
+    (TOKENIZER, SPLIT, ["((((", None, 5, "(?:a{1000}){1000}", "(?:a|a)*(?!.)b|."]),
+    (TOKENIZER, "pre_tokenizer", [[1], {"type": "Sequence", "pretokenizers": []}]),
+    (TOKENIZER, "model.type", ["WordPiece", "evil"]),
+]
+
+
+@pytest.mark.parametrize("name, key, value", [(name, key, x) for name, key, values in FAULTS for x in values])
+def test_each_fault_that_was_once_found_is_refused_in_one_line(place, name, key, value):
+    folder = copy(STUDENT, place / "student")
+    top = inner = json.loads((folder / name).read_text())
+    *path, last = key.split(".")
+    for k in path:
+        inner = inner[int(k) if isinstance(inner, list) else k]
+    inner[last] = value
+    top.pop("layer_types", None)
+    (folder / name).unlink()
+    (folder / name).write_text(json.dumps(top))
+    assert not ends_well(load, folder)
 
 
 WEIGHTS = [b"", b"\xff" * 100, b"\x08" + b"\0" * 7 + b"{}      ", (2**62).to_bytes(8, "little"), b"PK\x03\x04"]
@@ -143,7 +178,8 @@ def test_weights_that_are_none_are_refused_in_one_line(place, name, what):
     assert not ends_well(load, folder)
 
 
-@pytest.mark.parametrize("name, kind", [("config.json", "evil"), ("config.json", "qwen3"), ("tokenizer_config.json", "")])
+@pytest.mark.parametrize("name, kind", [("config.json", "evil"), ("config.json", "qwen3"),
+                                        ("tokenizer_config.json", "")])
 def test_nothing_that_a_checkpoint_names_is_executed(place, name, kind, monkeypatch):
     """Not even where standard input says yes to transformers' question."""
     folder = copy(STUDENT, place / "student")
@@ -164,7 +200,7 @@ def test_nothing_that_a_checkpoint_names_is_executed(place, name, kind, monkeypa
 
 @pytest.mark.parametrize("template, message", [
     ("{{ 1/0 }}", "ZeroDivisionError"), ("{{ 'a'+5 }}", "TypeError"), ("{{ strftime_now(5) }}", "TypeError"),
-    ("{{ raise_exception() }}", "TypeError"), ("{% include 'x' %}", "TypeError"), ("{{ range(10**12)|list }}", "Overflow"),
+    ("{{ raise_exception() }}", "TypeError"), ("{% include 'x' %}", "TypeError"), ("{{ range(10**12) }}", "Overflow"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"), ("{% if 1 %}" * 3000, "Error"),
     ("{{ " + "(" * 3000, "Error"), ("{{ 'a' * 10**11 }}", "MemoryError"), ("{{ 'a' * 10**7 }}", "more than 1,000,000"),
     ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 2 s"),
@@ -200,8 +236,8 @@ def command(place: Path, name: str, student: Path, out: Path, *flags) -> bool:
     small = {
         "sample": "--model STUDENT --data DATA --max_new_tokens 2",
         "eval": "--model STUDENT --data DATA --num_problems 1 --max_new_tokens 2 --out OUT/out.json",
-        "train": "--student STUDENT --teacher TEACHER --data DATA --out_dir OUT --steps 1 --batch_size 1 --prefix_len 2 "
-                 "--eval_problems 0 --eval_kl 0 --lr_schedule constant",
+        "train": "--student STUDENT --teacher TEACHER --data DATA --out_dir OUT --steps 1 --batch_size 1 "
+                 "--prefix_len 2 --eval_problems 0 --eval_kl 0 --lr_schedule constant",
     }[name]
     words = {"STUDENT": student, "TEACHER": STUDENT, "DATA": place / "data.jsonl", "OUT": out}
     for word, path in words.items():
@@ -263,9 +299,10 @@ def test_spoilt_kept_responses_are_used_or_refused(made, change):
 
 
 @pytest.mark.parametrize("name, flags", [
-    ("train", "--seed 18446744073709551616"), ("sample", "--seed 9223372036854775808"), ("eval", "--seed 1" + "0" * 30),
-    ("train", "--lr 1e300"), ("train", "--grad_clip inf"), ("sample", "--stop_tokens ²"), ("train", "--prefix_len 1" + "0" * 38),
-    ("sample", "--stop_tokens 1" + "0" * 5000), ("sample", "--model " + "x" * 5000),
+    ("train", "--seed 18446744073709551616"), ("sample", "--seed 9223372036854775808"),
+    ("eval", "--seed 1" + "0" * 30), ("train", "--prefix_len 1" + "0" * 38), ("train", "--lr 1e300"),
+    ("train", "--grad_clip inf"), ("sample", "--stop_tokens ²"), ("sample", "--stop_tokens 1" + "0" * 5000),
+    ("sample", "--model " + "x" * 5000),
 ])
 def test_numbers_that_torch_cannot_hold_are_one_line(made, name, flags):
     shutil.rmtree(made / "out", ignore_errors=True)

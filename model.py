@@ -353,17 +353,13 @@ def check_config(config) -> None:
     if not 0 < config.rms_norm_eps < 1:
         raise InputError(f"rms_norm_eps must lie between 0 and 1, found {config.rms_norm_eps}")
     rope = config.rope_parameters or {}
-    needed = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-        "yarn": ("factor",),
-    }
+    needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+              "yarn": ("factor",)}
+    optional = ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale",
+                "mscale_all_dim")
     kind = rope.get("rope_type", "default")
     if not isinstance(kind, str) or kind not in needed:
         raise InputError(f"rope_type {reprlib.repr(kind)} is not supported ({', '.join(needed)} are)")
-    optional = ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale",
-                "mscale_all_dim")
     for key in ("rope_theta", *needed[kind], *(key for key in optional if rope.get(key) is not None)):
         number, least = rope.get(key), 1 if key == "rope_theta" else 1e-9
         if not (type(number) in (int, float) and least < number < 1e15):
@@ -434,6 +430,9 @@ def load_config(folder: str | Path):
     try:
         check_sizes(fields)  # before transformers makes a list of all layers
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        for name in fields:  # transformers would let one replace a method, such as save_pretrained
+            if callable(getattr(type(config), name, None)):
+                raise InputError(f"it has a field named {name}")
         check_config(config)
         return config
     except InputError as error:

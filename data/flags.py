@@ -30,13 +30,14 @@ def check_flags(config) -> None:
         if choices and value not in choices:
             allowed = ", ".join(str(c) for c in choices if c != "")
             raise InputError(f"--{f.name} {value}: expected one of {allowed}")
-        if isinstance(value, (int, float)) and not abs(value) < 2**63:
-            raise InputError(f"--{f.name} must be below 2^63, found {value}")
         for word, bound in f.metadata["bounds"].items():
             inside = {"at least": value >= bound, "at most": value <= bound, "above": value > bound,
                       "below": value < bound}
             if not inside[word]:  # NaN is inside nothing
                 raise InputError(f"--{f.name} must be {word} {bound}, found {value}")
+        limit = {int: 2**63, float: 3e38}.get(type(value))
+        if limit and not abs(value) < limit:
+            raise InputError(f"--{f.name} must be below {limit}, found {value}")
 
 
 def parse_flags(cls, doc: str, argv: list[str] | None = None):

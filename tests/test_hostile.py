@@ -138,8 +138,9 @@ FAULTS = [  # (file, key, values that once ended in a traceback or not at all)
     ("config.json", "vocab_size", [-5]), ("config.json", "num_key_value_heads", [-2, 3]),
     ("config.json", "head_dim", [-32, 31]), ("config.json", "intermediate_size", [-3]),
     ("config.json", "rope_parameters.rope_type", [["yarn"]]), ("config.json", "rms_norm_eps", [-1.0, float("nan")]),
-    ("config.json", "rope_parameters.rope_theta", [0, -1e4, True, float("inf")]), ("config.json", "dtype", ["evil"]),
+    ("config.json", "rope_parameters.rope_theta", [0, -1e4, True, float("inf")]), ("config.json", "dtype", ["x"]),
     ("config.json", "eos_token_id", ["two", [[2]], -3]), ("config.json", "model_type", ["evil", ["llama"]]),
+    ("config.json", "save_pretrained", [5]),
     ("generation_config.json", "eos_token_id", [{"a": 1}, "x", [2, "x"], [None]]),
     ("tokenizer_config.json", "eos_token", [["a"], {"content": ["a"]}]),
     ("tokenizer_config.json", "chat_template", [5]), (TOKENIZER, "normalizer", [[1], "NFC"]),
@@ -236,8 +237,9 @@ def command(place: Path, name: str, student: Path, out: Path, *flags) -> bool:
     small = {
         "sample": "--model STUDENT --data DATA --max_new_tokens 2",
         "eval": "--model STUDENT --data DATA --num_problems 1 --max_new_tokens 2 --out OUT/out.json",
-        "train": "--student STUDENT --teacher TEACHER --data DATA --out_dir OUT --steps 1 --batch_size 1 "
-                 "--prefix_len 2 --eval_problems 0 --eval_kl 0 --lr_schedule constant",
+        "train": "--student STUDENT --teacher TEACHER --data DATA --eval_data DATA --out_dir OUT --steps 1 "
+                 "--lr_schedule constant --batch_size 1 --prefix_len 2 --eval_problems 1 --eval_kl 1 "
+                 "--max_new_tokens 2",
     }[name]
     words = {"STUDENT": student, "TEACHER": STUDENT, "DATA": place / "data.jsonl", "OUT": out}
     for word, path in words.items():
@@ -270,7 +272,7 @@ def test_commands_with_spoilt_data(made, change, name):
 
 
 def of_a_run(name: str) -> str:
-    return name if name in ("log.jsonl", "config.json") else f"step_000001/{name}"
+    return name if name == "log.jsonl" else f"step_000001/{name}"
 
 
 @many(40)

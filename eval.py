@@ -217,7 +217,9 @@ def compare(a: dict, b: dict) -> dict[str, float]:
     shares = []
     for result in (a, b):
         by_problem: dict[tuple, list] = {}
-        if not isinstance(result.get("responses"), list):
+        if not isinstance(result.get("responses"), list) or not all(
+            is_response(r, ("problem", "prompt", "correct")) for r in result["responses"]
+        ):
             raise InputError("--compare: expected two files that --out has written")
         for r in result["responses"]:
             by_problem.setdefault((r["problem"], r["prompt"]), []).append(float(r["correct"]))
@@ -462,7 +464,7 @@ def main(config: Config) -> None:
         decoder, tokenizer, rows, max_new_tokens=config.max_new_tokens, stop_ids=stop_ids,
         temperature=config.temperature, top_k=config.top_k or None, top_p=config.top_p, num_samples=config.num_samples,
         slots=config.batch_size, seed=config.seed, progress=True, keep=keep,
-        done=[r for r in done if r["problem"] < len(rows) and r["prompt"] == rows[r["problem"]]["prompt"]],
+        done=[r for r in done if 0 <= r["problem"] < len(rows) and r["prompt"] == rows[r["problem"]]["prompt"]],
     )
     print(f"the response to the first problem:\n{shorten(records[0]['response'], 24)}\n\n"
           f"{path} on {config.data}: {len(rows)} problems, {config.num_samples} samples each, temperature "
@@ -480,6 +482,15 @@ def main(config: Config) -> None:
         print(f"written: {config.out}, and response by response {file}")
 
 
+KINDS = {"problem": int, "prompt": str, "correct": (bool, int), "sample": int, "response": str, "finished": bool,
+         "tokens": int, "extracted": (str, type(None))}  # what is read of a record again; --compare reads the first 3
+
+
+def is_response(record, names=tuple(KINDS)) -> bool:
+    """Whether a record read from a file is one of `evaluate`'s."""
+    return isinstance(record, dict) and all(isinstance(record.get(name), KINDS[name]) for name in names)
+
+
 def drop_ids(record: dict) -> dict:
     return {k: v for k, v in record.items() if k != "ids"}
 
@@ -492,7 +503,7 @@ def kept_responses(config: Config, folder: Path) -> list[dict]:
     made = {k: v for k, v in asdict(config).items() if k not in free}
     made |= {"on cuda": choose_device(config.device).type == "cuda", "weights": fingerprint(folder)}
     records = read_log(file) if file.is_file() else [made]
-    if records[:1] != [made]:
+    if records[:1] != [made] or not all(map(is_response, records[1:])):
         raise InputError(f"--out: {file} exists and holds something else, or responses made with other flags or "
                          "weights: name another file, or delete it")
     file.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")  # without a torn line

@@ -6,7 +6,7 @@ import math
 import re
 from pathlib import Path
 
-from data import InputError
+from data import InputError, read_json
 from data.run import read_log
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#999999")  # Okabe and Ito's
@@ -121,15 +121,18 @@ def read_run(folder: Path) -> dict:
         raise InputError(f"{folder}: no log.jsonl there, so it is no run's folder")
     costs = {"flop": "total_flop", "tokens": "total_tokens_trained", "seconds": "total_seconds"}
     spent, points = {0: dict.fromkeys(costs, 0)}, {}
-    for r in read_log(folder / "log.jsonl"):
-        if "loss" in r:
-            spent[r["step"]] = {cost: r[total] for cost, total in costs.items()}
-        elif r["eval"] == "student":
-            point, kind = points.setdefault(r["step"], {"step": r["step"], **spent[r["step"]]}), r["kind"]
-            point |= {"kl": r["kl"]} if kind == "kl" else {
-                f"{kind}_accuracy": r["accuracy"], f"{kind}_finish": r["finish"], f"{kind}_length": r["mean_len"]}
-    config = json.loads((folder / "config.json").read_text())
-    if config["schedule"] == "constant":  # then these mean nothing
+    try:
+        for r in read_log(folder / "log.jsonl"):
+            if "loss" in r:
+                spent[r["step"]] = {cost: r[total] for cost, total in costs.items()}
+            elif r["eval"] == "student":
+                point, kind = points.setdefault(r["step"], {"step": r["step"], **spent[r["step"]]}), r["kind"]
+                point |= {"kl": r["kl"]} if kind == "kl" else {
+                    f"{kind}_accuracy": r["accuracy"], f"{kind}_finish": r["finish"], f"{kind}_length": r["mean_len"]}
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'log.jsonl'}: not a run's log ({error!r})") from None
+    config = read_json(folder / "config.json")
+    if config.get("schedule") == "constant":  # then these mean nothing
         config["prefix_start"] = None
     return {"config": config, "points": [points[s] for s in sorted(points)]}
 

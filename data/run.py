@@ -8,18 +8,19 @@ train.py's Config throughout.
 import json
 import os
 import re
+import reprlib
 import shutil
 import signal
 import zlib
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from data import InputError, read_json
+from data import InputError, parse_object, read_json
 from data.ranks import collect, gather, like, rank
 
 try:
@@ -43,14 +44,10 @@ def restore_flags(config) -> Path:
     complete = checkpoints(out)
     if not complete:
         raise InputError(f"--resume: no complete checkpoint in --out_dir {out}")
-    before = read_state(complete[-1])["config"]
+    before = read_state(complete[-1], config)["config"]
     given = getattr(config, "typed", set(before))  # a config made in code means all it says
     now, own = asdict(config), ("resume", "overwrite", "out_dir", "plan", "world")
     for name in now.keys() & before.keys() - {*own}:
-        kinds = (type(now[name]), int) if isinstance(now[name], float) else (type(now[name]),)
-        if type(before[name]) not in kinds:
-            raise InputError(f"{complete[-1]}/state.json: --{name} is {before[name]!r}, expected {kinds[0].__name__}. "
-                             f"Delete {complete[-1]} to resume from the checkpoint before it")
         empty = name in ("student", "teacher", "prefix_start", "dtype") and not now[name]  # filled in later
         if name not in given or empty:
             setattr(config, name, before[name])
@@ -70,13 +67,24 @@ def restore_flags(config) -> Path:
     return complete[-1]
 
 
-def read_state(folder: Path) -> dict:
-    """A checkpoint's state.json: config, step, totals, adaptive, inputs."""
-    state, kinds = read_json(folder / "state.json"), {"config": dict, "step": int, "totals": dict, "adaptive": dict}
-    wrong = [name for name, kind in kinds.items() if not isinstance(state.get(name), kind)]
-    if wrong or not {*TOTALS} <= state["totals"].keys() or not {"prefix_len", "smooth"} <= state["adaptive"].keys():
-        raise InputError(f"{folder}/state.json: not the state of a run ({', '.join(wrong) or 'totals or adaptive'}). "
-                         f"Delete {folder} to resume from the checkpoint before it")
+def read_state(folder: Path, config) -> dict:
+    """A checkpoint's state.json. Raises InputError where a value is not of the kind that `save` writes."""
+    file = folder / "state.json"
+    state, known = read_json(file), {f.name: type(f.default) for f in fields(config)}
+    parts = {name: part for name, part in state.items() if isinstance(part, dict)}
+    kinds = {"step": int, "config.steps": int, "adaptive.prefix_len": int}
+    kinds |= {f"totals.{name}": float for name in TOTALS}
+    kinds |= {f"config.{name}": known[name] for name in parts.get("config", {}) if name in known}
+    if parts.get("adaptive", {}).get("smooth") is not None:
+        kinds |= {"adaptive.waited": int} | {f"adaptive.{name}": float for name in ("smooth", "lowest", "first")}
+    for key, kind in kinds.items():
+        part, _, name = key.rpartition(".")
+        value = (parts.get(part, {}) if part else state).get(name)
+        if type(value) not in ((int, float) if kind is float else (kind,)):
+            raise InputError(f"{file}: {key} should be of type {kind.__name__}, found {reprlib.repr(value)}. Delete "
+                             f"{folder} to resume from the checkpoint before it")
+    if f"step_{state['step']:06d}" != folder.name or parts["adaptive"]["prefix_len"] < 1:
+        raise InputError(f"{file}: its step {state['step']} or its adaptive.prefix_len cannot be true")
     return state
 
 
@@ -157,13 +165,26 @@ def read_log(log: Path) -> list[dict]:
     records = []
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
+            records.append(parse_object(line, log))
+        except InputError:
             break
-        if not isinstance(record, dict):
-            break
-        records.append(record)
     return records
+
+
+STEP = ("step", "loss", "finish", "seconds_sample", "seconds_learn", "total_flop", "total_seconds",
+        "total_tokens_trained")  # numbers of a step's record, and of an evaluation's, that `summarize` needs
+EVALUATION = {"kl": ("step", "seconds", "kl", "response_len"),
+              "accuracy": ("step", "seconds", "accuracy", "low", "high", "finish", "mean_len", "rms_len")}
+
+
+def check_records(records: list[dict], log: Path) -> None:
+    """Raise InputError where a record of a run's log lacks what `summarize` needs."""
+    for n, r in enumerate(records, start=1):
+        needed = EVALUATION["kl" if r.get("kind") == "kl" else "accuracy"] if "eval" in r else STEP
+        lacking = [name for name in needed if type(r.get(name)) not in (int, float)]
+        lacking += [name for name in ("eval", "kind") if "eval" in r and not isinstance(r.get(name), str)]
+        if lacking:
+            raise InputError(f"{log}, line {n}: not a run's record, since {', '.join(lacking)} cannot be used")
 
 
 def fingerprint(folder: Path) -> list[list]:
@@ -214,7 +235,9 @@ class Run:
                     remove(path)
             elif self.log.is_file():  # records after the checkpoint will be written again; a torn last line goes
                 temporary = self.log.with_name("log.jsonl.incomplete")
-                kept = [r for r in read_log(self.log) if r.get("step", 0) <= self.step]
+                records = read_log(self.log)
+                check_records(records, self.log)
+                kept = [r for r in records if r["step"] <= self.step]
                 temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
                 os.replace(temporary, self.log)
             (self.out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
@@ -287,9 +310,10 @@ class Run:
         return final
 
     def load(self, folder: Path) -> None:
-        before, file = read_state(folder), folder / "optimizer.safetensors"
-        for name, was in before.get("inputs", {}).items():
-            if name in self.inputs and self.inputs[name] != was:
+        before, file = read_state(folder, self.config), folder / "optimizer.safetensors"
+        was = before["inputs"] if isinstance(before.get("inputs"), dict) else {}
+        for name, now in self.inputs.items():
+            if was.get(name, now) != now:
                 raise InputError(f"--resume of {self.out}: the {name} has changed since the run began, so it would not "
                                  "be the same run: put it back, or start another run")
         self.step, self.totals, self.adaptive = before["step"], before["totals"], before["adaptive"]

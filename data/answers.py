@@ -23,12 +23,12 @@ LONGEST = 500  # characters of an answer; what is longer is none
 SECONDS = 0.7  # of processor time that math-verify may take for one comparison, however busy the machine
 PATIENCE = 120  # seconds on the clock after which its process is taken for dead
 NUMBER = r"(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})"
-NAME = r"\\?[a-zA-Z]+(?:_\{\w+\}|\^\{-1\})?(?:\([a-zA-Z]\))?"  # x, AB, \theta, x_{1}, f(x)
+NAME = r"(?:m?\\angle ?)?\\?[a-zA-Z]+(?:_\{\w+\}|\^\{-1\})?(?:\([a-zA-Z]\))?"  # x, AB, \theta, x_{1}, f(x)
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 NO_UNIT = set(SCALES) | set(re.findall("[a-z]+", """or and to not if is but unless plus minus over more less than least
     most squared cubed factorial choose mod base pi root half halves third thirds quarter quarters fourths fifths sixths
     sevenths eighths ninths tenths hundredths one two three four five six seven eight nine ten am pm"""))
-SHORT_UNITS = set(re.findall("[a-zL]+", "m cm mm km kg mg ml mL ft in mi yd lb oz hr sq cu of"))
+SHORT_UNITS = set(re.findall("[a-zL]+", "m g s h cm mm km kg mg ml mL ft in mi yd lb oz hr sq cu of"))
 SYMBOLS = str.maketrans({
     "−": "-", "–": "-", "—": "-", "‐": "-", "⁄": "/", "÷": "/", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ",
     "π": r"\pi ", "θ": r"\theta ", "∞": r"\infty ", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "±": r"\pm ",
@@ -43,14 +43,15 @@ SPELLINGS = [
     (r"(?<=[\d})])\s*\\(?:text\w*|mathrm|mbox)\s*\{\s*[a-df-hj-zA-Z]\s*\}", " units"),
     (r"\\(?:text\w*|mathrm|mbox|mathbf)\s*\{([^{}]*)\}", r" \1 "), (r"(?<=[a-zA-Z])\.", ""),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-z])", " degrees "), (r"\\?%", " percent "),
-    (r"(?<![\\a-zA-Z])(pi|sin|cos|tan|log|ln|sqrt)(?![a-zA-Z])", r"\\\1 "), (r";|\\cup|\s*,?\s(?:or|and)\s", ","),
+    (r"(?<![\\a-zA-Z])(pi|sin|cos|tan|log|ln|sqrt)(?![a-zA-Z])", r"\\\1 "), (r";|\s*,?\s(?:or|and)\s", ","),
     # the same in other commands, with and without braces
     (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*(\d|\\pi(?![a-z]))", r"\\frac{\1}"),
     (r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"), (r"\*\*", "^"),
     (r"√\s*(\d+)|(?:√|\\sqrt)\s*(?:\(([^()]*)\)|(\w))", r"\\sqrt{\1\2\3}"),
     (r"\^\{(\w)\}", r"^\1"), (r"\^(\d\d+)", r"^{\1}"), (r"_(\w)", r"_{\1}"),
-    (r"\\(begin|end)\{[bB]?matrix\}", r"\\\1{pmatrix}"), (r"\\mathbb\{R\}", r"(-\\infty,\\infty)"),
-    (r"\\lbrace", r"\\{"), (r"\\rbrace", r"\\}"), (r"\\varnothing", r"\\emptyset"),
+    (r"\\(begin|end)\{[bB]?matrix\}", r"\\\1{pmatrix}"), (r"^\s*\\mathbb\{R\}\s*$", r"(-\\infty,\\infty)"),
+    (r"\\lbrace", r"\\{"), (r"\\rbrace", r"\\}"), (r"\\langle", "("), (r"\\rangle", ")"),
+    (r"\\varnothing", r"\\emptyset"),
     (r"<=|\\leq?(?:slant)?(?![a-z])", r"\\leq "), (r">=|\\geq?(?:slant)?(?![a-z])", r"\\geq "),
 ]
 
@@ -123,7 +124,7 @@ def normalize(answer: str) -> str:
 def value(s: str) -> Fraction | None:
     """The exact number that a normalised answer is: an integer or decimal, also times a power of ten, a fraction, a
     mixed number; None if it is none."""
-    s = re.sub(r"^(-?)\((.*)\)$", r"\1\2", s)
+    s = re.sub(r"^(-?)(?:\((.*)\)|\{(.*)\})$", r"\1\2\3", s)
     s = re.sub(rf"\\frac\{{(-?{NUMBER})\}}\{{(-?{NUMBER})\}}", r" \1/\2", s).strip()
     if m := re.fullmatch(rf"(-?{NUMBER})(?:(?:[eE]|(?:\\times|\\cdot|\*)10\^)\{{?([-+]?\d{{1,3}})\}}?)?", s):
         return Fraction(m[1].rstrip(".")) * Fraction(10) ** int(m[2] or 0)
@@ -214,13 +215,13 @@ def parts(s: str) -> tuple[str, list[str]]:
 
 
 def split(s: str) -> list[str]:
-    """Cut at the commas that no bracket encloses; [] if one is closed that was not opened, as in a)(b."""
+    """Cut at the commas, or \\cup, that no bracket encloses; [] if one is closed that was not opened, as in a)(b."""
     pieces, depth, start = [], 0, 0
-    for m in re.finditer(r"[(\[{]|[)\]}]|,", s):
+    for m in re.finditer(r"[(\[{]|[)\]}]|,|\\cup", s):
         depth += (m[0] in "([{") - (m[0] in ")]}")
         if depth < 0:
             return []
-        if depth == 0 and m[0] == ",":
+        if depth == 0 and m[0] in (",", r"\cup"):
             pieces.append(s[start : m.start()])
             start = m.end()
     return [*pieces, s[start:]]
@@ -230,7 +231,7 @@ def is_mathematics(s: str) -> bool:
     """Whether math-verify can be asked without harm: no words, no times of day, no towers, short and shallow."""
     depth = max(accumulate((c in "([{") - (c in ")]}") for c in s), default=0)
     tower = r"\^\{?-?\d{4,}|\d{60,}|\d!|\^(?:\w|\{[^{}]*\})\^|\^[{(][^})]*\^"
-    words = r"(?<![\\a-zA-Z])[a-zA-Z]{3,}|\d \d|:|^[^a-zA-Z]*=[^a-zA-Z]*$"
+    words = r"(?<![\\a-zA-Z])[a-zA-Z]{3,}|\d \d|\d['\"]|:|^[^a-zA-Z]*=[^a-zA-Z]*$"
     return len(s) < 200 and depth < 9 and not re.search(f"{tower}|{words}", s)
 
 

@@ -1,323 +1,260 @@
-"""Pairs of answers with known verdicts, for test_answers.py: `pairs(seed, n)` draws n of each family.
+"""Pairs of answers with known verdicts, for test_answers.py: `pairs(seed, n)` draws n references of each family.
 
-A family is a function of a random generator that returns (reference, right answers, wrong answers); each is written as
-a model would write it, and its verdict is known from how it was made, not from any grader.
+A family is a reference (=), right answers (+) and wrong ones (-), as a model would write them, separated by ` | `.
+What is in « » is computed: a, b and c are different numbers of two digits, a < b; d, e and f different digits from 2
+to 9, d < e; m and n different numbers of three digits; A and B letters of options, V and W words, U a unit.
 """
 
 import random
+import re
 from collections.abc import Iterator
-from fractions import Fraction
-from math import gcd
 
-
-def digits(r: random.Random, low: int = 2, high: int = 99) -> int:
-    return r.randint(low, high)
-
-
-def integers(r):
-    n = r.choice([-1, 1]) * digits(r, 1, 9999)
-    return f"{n}", [f"{n}.0", f"${n}$", f"\\text{{{n}}}", f"n={n}", f"**{n}**", f"{n}.", f"{n}".replace("-", "−"),
-                    f"{n}".replace("-", "–"), f"\\({n}\\)", f"({n})", f"{n} ", f"\\approx {n}", f"{n}=x"], [
-        f"{n + 1}", f"{-n}", f"{n}0", f"{n}.01", f"{n}1", f"|{n}|1", f"{n - 3}+3", f"x={n + 1}", f"{n} or {n + 1}"]
-
-
-def thousands(r):
-    a, b = digits(r, 1, 999), digits(r, 100, 999)
-    n = a * 1000 + b
-    sep = r.choice([",", "{,}", ",\\!", "\\,", ", \\!", "\u202f", " "])
-    return r.choice([f"{n}", f"{a},{b}", f"{a},\\!{b}"]), [f"{a}{sep}{b}", f"\\${a},{b}", f"{n}", f"{a},{b}.00"], [
-        f"{a}", f"{b}", f"({a},{b})", f"\\{{{a},{b}\\}}", f"{a},{b + 1 if b < 999 else 100}", f"[{a},{b}]", f"{a}.{b}"]
-
-
-def decimals(r):
-    a, b = digits(r, 0, 99), r.choice([i for i in range(1, 100) if i % 10])
-    return f"{a}.{b:02}", [f"{a}.{b:02}0", f"{a}{{.}}{b:02}", f"0{a}.{b:02}", f"\\frac{{{a * 100 + b}}}{{100}}"] + (
-        [f".{b:02}"] if a == 0 else []), [f"{a}.{b:02}1", f"{a}", f"{a}{b:02}", f"{a},{b:02}", f"{a + 1}.{b:02}"]
-
-
-def fractions(r):
-    a, b = digits(r, 1, 9), digits(r, 2, 9)
-    k = digits(r, 2, 5)
-    sign = r.choice(["", "-"])
-    return f"{sign}\\frac{{{a}}}{{{b}}}", [
-        f"{sign}\\dfrac{{{a}}}{{{b}}}", f"{sign}\\frac{a}{b}", f"{sign}\\tfrac {a} {b}", f"{sign}{a}/{b}",
-        f"{sign}{a} / {b}",
-        f"\\frac{{{sign}{a}}}{{{b}}}", f"{sign}\\frac{{{a * k}}}{{{b * k}}}", f"{sign}\\frac{a}{{{b}}}",
-        f"{sign}\\frac{{{a}}}{b}", f"x = {sign}\\frac{{{a}}}{{{b}}}", f"{sign}({a}/{b})"], [
-        f"{sign}\\frac{{{a}}}{{{b + 1}}}", f"{sign}{a}{b}", f"{'' if sign else '-'}\\frac{{{a}}}{{{b}}}",
-        f"{sign}{a}{a}/{b}", f"{sign}\\frac{{{a + 1}}}{{{b}}}", f"{sign}{a / b + 0.01:.2f}"] + (
-        [f"{sign}{a / b:.3f}"] if b in (3, 7, 9) and a % b and Fraction(a, b).denominator not in (1, 2, 4, 5, 8) else [])
-
-
-def mixed(r):
-    w, b = digits(r, 1, 30), digits(r, 2, 9)
-    a = r.randint(1, b - 1)
-    f = Fraction(w * b + a, b)
-    half = [f"{w}½", f"{w} ½"] if Fraction(a, b) == Fraction(1, 2) else []
-    return r.choice([f"\\frac{{{w * b + a}}}{{{b}}}", f"{w}\\frac{{{a}}}{{{b}}}", f"{w} {a}/{b}"]), half + [
-        f"{w} {a}/{b}", f"{w}\\frac{{{a}}}{{{b}}}", f"{w} \\frac{a}{b}", f"{f.numerator}/{f.denominator}"], [
-        f"{w}{a}/{b}", f"{w}", f"{w + 1} {a}/{b}", f"{w}-{a}/{b}", f"{w} {a} {b}", f"{a}/{b}"]
-
-
-def points(r):
-    a, b = digits(r, 1, 999), digits(r, 100, 999)
-    b += a == b
-    return f"({a},{b})", [f"({a}, {b})", f"\\left({a},{b}\\right)", f"( {a} , {b} )", f"(x,y)=({a},{b})"], [
-        f"({b},{a})", f"{a}{b}", f"({a}{b})", f"({a},{-b})", f"[{a},{b}]", f"{a}", f"({a},{b},0)", f"({a},{b + 1})"]
-
-
-def points_of_fractions(r):
-    a, b, c = digits(r, 1, 9), digits(r, 2, 9), digits(r, 1, 9)
-    return f"\\left( \\frac{{{a}}}{{{b}}}, -{c} \\right)", [
-        f"(\\frac{a}{b},-{c})", f"({a}/{b}, -{c})", f"(\\dfrac{{{2 * a}}}{{{2 * b}}}, -{c})"], [
-        f"(\\frac{{{a}}}{{{b}}}, {c})", f"(\\frac{{{a}}}{{{b + 1}}}, -{c})", f"\\frac{{{a}}}{{{b}}}", f"(-{c}, \\frac{a}{b})"]
-
-
-def sets(r):
-    a, b = r.sample(range(1, 999), 2)
-    return f"\\{{{a},{b}\\}}", [f"\\{{{b}, {a}\\}}", f"\\left\\{{{a},{b}\\right\\}}", f"\\lbrace {a},{b}\\rbrace", f"{a}, {b}"], [
-        f"\\{{{a}{b}\\}}", f"\\{{{a}\\}}", f"\\{{{a},{b + 1}\\}}", f"{a}{b}", f"\\{{{a},{b},0\\}}", f"({b},{a})"]
-
-
-def intervals(r):
-    a, b = sorted(r.sample(range(1, 9999), 2))
-    left, right = r.choice("(["), r.choice(")]")
-    swap = {"(": "[", "[": "(", ")": "]", "]": ")"}
-    return f"{left}-{a},{b}{right}", [
-        f"{left}-{a}, {b}{right}", f"\\left{left}-{a}, {b}\\right{right}", f"x \\in {left}-{a},{b}{right}",
-        f"-{a} {'<' if left == '(' else chr(92) + 'le'} x {'<' if right == ')' else '<='} {b}"], [
-        f"{swap[left]}-{a},{b}{right}", f"{left}-{a},{b}{swap[right]}", f"{left}{a},{b}{right}", f"{left}-{a},{b + 1}{right}"]
-
-
-def infinite_intervals(r):
-    a = r.randint(-99, 99)
-    return f"({a},\\infty)", [f"({a}, \\infty)", f"\\left({a}, +\\infty\\right)", f"({a},∞)", f"x > {a}", f"{a} < x"], [
-        f"[{a},\\infty)", f"(-\\infty,{a})", f"x < {a}", f"x \\ge {a}", f"({a + 1},\\infty)", f"{a}", f"({a},-\\infty)"]
-
-
-def unions(r):
-    a, b = sorted(r.sample(range(-99, 99), 2))
-    return f"(-\\infty,{a}) \\cup [{b},\\infty)", [
-        f"(-\\infty, {a})\\cup[{b}, \\infty)", f"[{b},\\infty)\\cup(-\\infty,{a})", f"(-∞,{a}) ∪ [{b},∞)",
-        f"x<{a} \\text{{ or }} x \\geq {b}", f"\\left(-\\infty,{a}\\right) \\cup \\left[{b},+\\infty\\right)"], [
-        f"(-\\infty,{a}] \\cup [{b},\\infty)", f"(-\\infty,{a})", f"[{b},\\infty)", f"(-\\infty,{a}) \\cup ({b},\\infty)",
-        f"(-\\infty,{a - 1}) \\cup [{b},\\infty)", f"x<{a}", "(-\\infty,\\infty)"]
-
-
-def lists(r):
-    a, b, c = r.sample(range(1, 99), 3)
-    return f"{a}, {b}, -{c}", [f"{b},{a},-{c}", f"-{c}, {a} and {b}", f"{a}, {b}, and -{c}", f"{a};{b};-{c}",
-                               f"$ {a} $, $ {b} $, $ -{c} $", f"x={a}, x={b}, x=-{c}"], [
-        f"{a},{b},{c}", f"{a},{b}", f"{a}{b}{c}", f"{a}", f"{a},{b},-{c + 1}", f"{a} {b} -{c}"]
-
-
-def alternatives(r):
-    a, b = r.sample(range(2, 99), 2)
-    return f"{a}, {b}", [f"{a} or {b}", f"{a} \\text{{ or }} {b}", f"{b}\\text{{ and }}{a}", f"x={a} or x={b}", f"${a}$ and ${b}$"], [
-        f"{a}{b}", f"{a}", f"{a} {b}", f"{b}", f"{a} or {b + 1}", f"{a} or more"]
-
-
-def hedges(r):
-    a, b = r.sample(range(2, 99), 2)
-    return f"{a}", [f"{a} apples", f"{a}."], [
-        f"{a} or {b}", f"{a} \\text{{ or }} {b}", f"${a}$ or ${b}$", f"{a} or more", f"not {a}", f"{a}, {b}", f"{a} {b}", f"{a} if {b} is even",
-        f"{a} and {b}", f"at least {a}", f"{a}?{b}", f"{a} to {b}"]
-
-
-def polynomials(r):
-    a, b, c = digits(r, 2, 9), digits(r, 2, 9), digits(r, 1, 9)
-    return f"{a}x^3 - {b}x^2 + {c}", [
-        f"{a}x^{{3}}-{b}x^{{2}}+{c}", f"{c}+{a}x^3-{b}x^2", f"x^2({a}x-{b})+{c}", f"{a}x³ - {b}x² + {c}", f"{a}*x^3-{b}*x^2+{c}",
-        f"y={a}x^3-{b}x^2+{c}"], [
-        f"{a}x^3+{b}x^2+{c}", f"{a}x^2-{b}x^3+{c}", f"{a}x^3-{b}x^2", f"{a}y^3-{b}y^2+{c}", f"{a}x^3-{b}x^2+{c + 1}", f"{a}x^4-{b}x^2+{c}"]
-
-
-def two_letters(r):
-    a, b = digits(r, 2, 9), digits(r, 2, 9)
-    return f"{a}x^2 - {b}y^2", [f"-{b}y^2+{a}x^2", f"{a}x^{{2}}-{b}y^{{2}}", f"{a}x^2-{b}y^{{2}}"], [
-        f"{a}x^2+{b}y^2", f"{a}y^2-{b}x^2" if a != b else "x", f"{a}x^2", f"{a}X^2-{b}Y^2", f"{a}x^2-{b}y^3"]
-
-
-def factors(r):
-    a, b = r.sample(range(1, 30), 2)
-    return f"(x+{a})(x-{b})", [f"(x-{b})(x+{a})", f"x^2+{a - b}x-{a * b}".replace("+-", "-"), f"(x - {b})(x + {a})"], [
-        f"(x-{a})(x+{b})", f"(x+{a})(x+{b})", f"(x+{a})", f"x^2+{a + b}x-{a * b}"]
-
-
-def radicals(r):
-    a, k = r.choice([2, 3, 5, 6, 7, 11, 13]), digits(r, 2, 9)
-    return f"{k}\\sqrt{{{a}}}", [f"{k}\\sqrt{a}" if a < 10 else f"\\sqrt{{{a}}}\\cdot {k}", f"\\sqrt{{{k * k * a}}}", f"{k}√{a}",
-                                 f"{k} \\sqrt {{{a}}}", f"{k}\\cdot\\sqrt{{{a}}}", f"{k}sqrt({a})"], [
-        f"{k + 1}\\sqrt{{{a}}}", f"{k}\\sqrt{{{a + 1}}}", f"\\sqrt{{{a}}}", f"-{k}\\sqrt{{{a}}}", f"{k * a ** 0.5:.6f}", f"{k}{a}",
-        f"{k}\\sqrt[3]{{{a}}}"]
-
-
-def pi_multiples(r):
-    a, b = digits(r, 1, 30), r.choice([2, 3, 4, 5, 7])
-    while gcd(a, b) > 1:
-        a += 1
-    return f"\\frac{{{a}\\pi}}{{{b}}}", [f"\\frac{{{a}}}{{{b}}}\\pi", f"{a}\\pi/{b}", f"{a}π/{b}", f"\\dfrac{{{a} \\pi}}{{{b}}}", f"{a}pi/{b}"], [
-        f"\\frac{{{a}}}{{{b}}}", f"{a}\\pi", f"\\frac{{{a + b}\\pi}}{{{b}}}", f"{a * 3.14159265358979 / b:.6f}", f"-\\frac{{{a}\\pi}}{{{b}}}"]
-
-
-def symbols(r):
-    s, right, wrong = r.choice([("\\pi", "π", "3.14"), ("\\infty", "∞", "-∞"), ("\\sqrt{3}", "√3", "1.732"), ("\\emptyset", "\\varnothing", "0"),
-                                ("-\\infty", "-∞", "∞"), ("\\frac{1}{2}", "½", "12"), ("90^\\circ", "90°", "9°"), ("x^2", "x²", "x2")])
-    return s, [right, f"${right}$", f"\u00a0{right}"], [wrong, "1", "\\pi^2"]
-
-
-def logarithms(r):
-    a, b = r.sample([2, 3, 5, 7, 11], 2)
-    return f"\\log_{{{a}}} {b}", [f"\\log_{{{a}}}{{{b}}}", f"\\log_{{{a}}}({b})", f"\\frac{{\\ln {b}}}{{\\ln {a}}}"], [
-        f"\\log_{b} {a}", f"\\log_{a} {b + 1}", f"\\log {b}", f"{b}_{a}"]
-
-
-def bases(r):
-    n, b = "".join(r.choice("123") for _ in range(r.randint(2, 5))), r.randint(4, 9)
-    return f"{n}_{{{b}}}" if r.random() < 0.5 else f"{n}_{b}", [f"{n}_{b}", f"{n}_{{{b}}}", f"{n}_{{ {b} }}"], [
-        f"{n}_{b + 1}", f"{n}", f"{n}1_{b}", f"{n}_{{1{b}}}", f"{n}{b}"]
-
-
-UNITS = ["cm", "km", "feet", "dollars", "miles per hour", "square inches", "apples", "degrees", "hours each"]
-
-
-def units(r):
-    n, unit = digits(r, 2, 999), r.choice(UNITS)
-    return r.choice([f"{n}", f"{n}\\text{{ {unit}}}", f"{n} {unit}"]), [
-        f"{n} {unit}", f"{n}\\text{{ {unit}}}", f"{n} \\mbox{{ {unit}}}", f"{n}\\ \\mathrm{{{unit}}}", f"{n}", f"{n}\\text{{ m}}^2", f"${n}$ {unit}"], [
-        f"{n + 1} {unit}", f"{n}\\text{{ hundred}}", f"{n} million {unit}", f"{n} squared", f"{n} factorial", f"{n} dozen",
-        f"{n} {unit} or more", f"{n} thirds", f"{n} or six", f"{n}\\text{{ h }}{r.randint(10, 59)}\\text{{ min}}", f"{n} plus two"]
-
-
-def scales(r):
-    n, (word, k) = digits(r, 2, 99), r.choice([("million", 10**6), ("thousand", 1000), ("hundred", 100), ("dozen", 12), ("billion", 10**9)])
-    return f"{n * k}", [f"{n} {word}", f"{n}\\text{{ {word}}}", f"\\${n} {word}", f"{n * k:,}", f"{n} {word} dollars", f"{n}.0 {word}"], [
-        f"{n}", f"{n + 1} {word}", f"{n} dollars", f"{n}0 {word}"]
-
-
-def percents(r):
-    n = digits(r, 2, 99)
-    return r.choice([f"{n}\\%", f"{n}"]), [f"{n}%", f"{n}\\%", f"{n} percent", f"{n}", f"{n}.0\\%"], [f"{n + 1}%", f"0.{n:02}", f"{n}0%"]
-
-
-def money(r):
-    a, b = digits(r, 1, 999), digits(r, 10, 99)
-    return f"\\${a}.{b}", [f"${a}.{b}", f"{a}.{b}", f"{a}.{b} dollars", f"\\$ {a}.{b}", f"{a}.{b}0", f"€{a}.{b}", f"{a}.{b}\\text{{ USD}}"], [
-        f"${a}", f"\\${a}.{b + 1}", f"{a}{b}", f"-\\${a}.{b}", f"${a}.{b} million"]
-
-
-def letters(r):
-    a, b = r.sample("ABCDEFGHIJ", 2)
-    return a, [a, f"({a})", f"\\text{{{a}}}", f"\\textbf{{({a})}}\\ 5", f"{a.lower()}", f"{a}) the text", f"Option {a}", f"**{a}**", f"({a}) five of them",
-               f"{a}: the text", f"\\mathrm{{({a})}}", f"{a}."], [
-        b, f"({b})", f"{a}bc", "5", f"\\text{{{b}}}", f"{b}) {a.lower()} thing", f"not {a}", ""]
-
-
-def hedged_letters(r):
-    a, b = r.sample("ABCDEFGHIJ", 2)
-    return a, [a, f"{a}) one"], [f"{a} or {b}", f"{a}, {b}", f"({a}) or ({b})", f"{a}/{b}", f"{a} and {b}", f"{b} and {a}", f"({a}), ({b})",
-                    f"{a} matter of taste", f"{a} do not know", f"either {a} or {b}", f"\\text{{{a} or {b}}}", f"{a}. or {b}.", f"({a}) 5 or ({b}) 6",
-                    f"{a} & {b}", f"{a}\\text{{ or }}{b}", f"{a}{b}"]
-
-
-def words(r):
-    a, b = r.sample(["Evelyn", "even", "odd", "Monday", "two lines", "east", "ellipse", "neither", "Saturday", "yes", "no"], 2)
-    return r.choice([a, f"\\text{{{a}}}"]), [a, f"\\text{{{a}}}", a.lower(), f"\\textbf{{{a}}}", f"{a}.", a.upper(), f"\\mathrm{{{a}}}"], [
-        b, f"not {a}", f"{a} or {b}", f"{a[:-1]}", f"\\text{{{b}}}", "5"]
-
-
-def matrices(r):
-    a, b, c, d = r.sample(range(1, 99), 4)
-    m = "\\begin{{{0}matrix}} {1} & {2} \\\\ {3} & -{4} \\end{{{0}matrix}}".format
-    return m("p", a, b, c, d), [m("b", a, b, c, d), m("p", a, b, c, d).replace(" ", ""), m("p", a, b, c, d).replace(" &", "\u00a0&"),
-                                m("p", f"\\frac{{{2 * a}}}{{2}}", b, c, d)], [
-        m("p", b, a, c, d), m("p", a, c, b, d), m("p", a, b, c, f"-{d}"[1:] + "0"), m("b", a, b + 1, c, d),
-        f"\\begin{{pmatrix}} {a} \\\\ {b} \\end{{pmatrix}}", f"{a}"]
-
-
-def columns(r):
-    a, b = r.sample(range(2, 99), 2)
-    m = "\\begin{{{0}matrix}} -{1}/{2} \\\\ {3} \\end{{{0}matrix}}".format
-    return m("p", a, 7, b), [m("b", a, 7, b), f"\\begin{{pmatrix}}-\\frac{{{a}}}{{7}}\\\\{b}\\end{{pmatrix}}"], [
-        m("p", a, 8, b), m("p", b, 7, a), f"\\begin{{pmatrix}} {a}/7 \\\\ {b} \\end{{pmatrix}}", f"\\begin{{pmatrix}} -{a}/7 & {b} \\end{{pmatrix}}"]
-
-
-def complex_numbers(r):
-    a, b = digits(r, 2, 99), digits(r, 2, 99)
-    return f"{a} - {b}i", [f"{a}-{b}i", f"-{b}i+{a}", f"{a} - {b} i", f"z={a}-{b}i"], [
-        f"{a}+{b}i", f"-{a}-{b}i", f"{a}", f"{b}-{a}i" if a != b else "i", f"{a}-{b}", f"{a}-{b + 1}i"]
-
-
-def towers(r):
-    a, b = r.sample(range(2, 10), 2)
-    return r.choice([f"{a}", "10"]), [], [f"{a}^{b}^{a}^{b}9", f"{a}^{{{b}^{{{a}9}}}}", "10^10^10", "9^{9^{9}}", f"({a}^{{999}})^{{999}}",
-                                          f"{a}**{b}**99", f"\\binom{{10^9}}{{10^{a}}}", f"{a}!!!!", f"10^(10^{b})"]
-
-
-def powers(r):
-    a, b = r.choice([2, 3, 5, 7]), digits(r, 20, 90)
-    return f"{a}^{{{b}}} - 2", [f"{a}^{{{b}}}-2", f"-2+{a}^{{{b}}}", f"{a}^{b}-2", f"{a ** b - 2}"], [
-        f"{a}^{{{b}}}+2", f"{a}^{{{b + 1}}}-2", f"{b}^{{{a}}}-2", f"{a ** b - 3}", f"{a}^{{{b}}}"]
-
-
-def clocks(r):
-    h, m = r.randint(1, 9), r.randint(10, 59)
-    return f"{h}\\!:\\!{m} p.m", [f"{h}:{m} p.m.", f"{h}:{m} PM", f"{h}:{m}\\text{{ p.m.}}", f"{h} : {m} pm", f"0{h}:{m} pm"], [
-        f"{h}:{m} a.m.", f"{h}:{m + 1} p.m.", f"{h}{m}", f"{h * 2}:{m * 2} pm", f"{h}.{m}", f"{h}:{m} AM"]
-
-
-def ratios(r):
-    a, b = r.sample(range(1, 20), 2)
-    return f"{a}:{b}", [f"{a} : {b}", f"${a}:{b}$", f"{a}{{:}}{b}", f"\\text{{{a}:{b}}}"], [f"{b}:{a}", f"{a}", f"{a}{b}", f"{a}:{b + 1}", f"{a}.{b}"]
-
-
-def inequalities(r):
-    a = digits(r, 2, 99)
-    return f"x \\le {a}", [f"x \\leq {a}", f"x≤{a}", f"x <= {a}", f"{a} \\ge x", f"x\\leqslant {a}"], [
-        f"x<{a}", f"x \\ge {a}", f"x = {a}", f"{a}", f"x \\le -{a}", f"x \\le {a + 1}", f"y \\le {a}"]
-
-
-def equations(r):
-    a = r.choice([-1, 1]) * digits(r, 2, 99)
-    return f"x={a}", [f"x = {a}", f"{a} = x", f"{a}", f"$x={a}$", f"\\text{{x = {a}}}", f"x = {a - 1} + 1 = {a}"], [
-        f"x={a + 1}", f"y={a}", f"x={-a}", f"{a}x", f"x<{a}", f"x={a}y"]
-
-
-def lines(r):
-    a, b = digits(r, 2, 9), digits(r, 1, 9)
-    return f"y = {a}x + {b}", [f"y={a}x+{b}", f"{a}x+{b}", f"y={b}+{a}x", f"2y={2 * a}x+{2 * b}", f"y - {a}x - {b} = 0", f"{a}x+{b}=y"], [
-        f"y={a}x-{b}", f"y={a + 1}x+{b}", f"x={a}y+{b}", f"y={a}x", f"y={a}x+{b + 1}"]
-
-
-def scientific(r):
-    a, k = digits(r, 11, 99) / 10, r.randint(2, 12)
-    return r.choice([f"{a} \\times 10^{{{k}}}", f"{round(a * 10) * 10 ** (k - 1)}"]), [
-        f"{a}\\times10^{{{k}}}", f"{a}e{k}", f"{a}E{k}", f"{a} × 10^{k}", f"{a} \\cdot 10^{{{k}}}", f"{round(a * 10) * 10 ** (k - 1):,}", f"{a}*10^{k}"], [
-        f"{a}", f"{a}\\times 10^{{{k + 1}}}", f"{a}\\times 10^{{-{k}}}", f"{a}10^{k}" if k > 1 else "1", f"{a}e-{k}", f"10^{k}"]
-
-
-def unicode_digits(r):
-    n = digits(r, 10, 999)
-    wide = "".join(chr(0xFF10 + int(c)) for c in str(n))
-    return f"-{n}", [f"−{n}", f"－{wide}", f"–{n}", f"-{wide}", f"\u2212\u2009{n}", f"\u00a0-{n}\u00a0"], [f"{n}", wide, f"-{wide}0"]
-
-
-def undone(r):
-    a, b = digits(r, 11, 99), digits(r, 2, 9)
-    return f"{a * b}", [f"{a * b}"], [f"{a}\\cdot {b}", f"{a} \\times {b}", f"{a * b + b}-{b}", f"{a}*{b}", f"|{-a * b}|", f"{a}×{b}"]
-
-
-FAMILIES = [integers, thousands, decimals, fractions, mixed, points, points_of_fractions, sets, intervals, infinite_intervals, unions, lists,
-            alternatives, hedges, polynomials, two_letters, factors, radicals, pi_multiples, symbols, logarithms, bases, units, scales, percents,
-            money, letters, hedged_letters, words, matrices, columns, complex_numbers, towers, powers, clocks, ratios, inequalities, equations,
-            lines, scientific, unicode_digits, undone]
+FAMILIES = r"""
+integers
+= «-a»
++ «-a».0 | $«-a»$ | \text{«-a»} | n=«-a» | **«-a»** | «-a». | −«a» | –«a» | \(«-a»\) | («-a») | \approx «-a» | «-a»=x
+- «-a-1» | «a» | «-a»0 | «-a».01 | |«a»| | «a»-«2*a» | x=«1-a» | «-a» or «-b» | 1«-a»
+thousands
+= «a»«m»
++ «a»,«m» | «a»{,}«m» | «a»,\!«m» | «a»\,«m» | «a» «m» | \$«a»,«m» | «a»,\! «m» | «a»,«m».00 | $«a»,«m»$ dollars
+- «a» | «m» | («a»,«m») | \{«a»,«m»\} | [«a»,«m»] | «a».«m» | «a»,«n» | «a»,«m»,«n»
+thousands in the reference
+= «a»,\!«m»
++ «a»«m» | «a»,«m» | \$«a»,«m» | «a»«m».0
+- («a»,«m») | «a» | «a»,«m+1»
+decimals
+= «a».«d»
++ «a».«d»0 | «a»{.}«d» | 0«a».«d» | \frac{«10*a+d»}{10} | «a» «d»/10
+- «a».«d»1 | «a» | «a»«d» | «a»,«d» | «b».«d» | -«a».«d»
+fractions
+= -\frac{«d»}{11}
++ -\dfrac{«d»}{11} | -\frac «d»{11} | -«d»/11 | - «d» / 11 | \frac{-«d»}{11} | -\tfrac{«2*d»}{22} | -(«d»/11)
+- -\frac{«d»}{12} | -«d»11 | \frac{«d»}{11} | -«d»«d»/11 | -\frac{«d+1»}{11} | «round(-d/11, 3)» | -\frac{11}{«d»}
+fractions of digits
+= \frac{«d»}{«e»}
++ \frac«d»«e» | \frac«d»{«e»} | \frac{«d»}«e» | \frac «d» «e» | «d»/«e» | \tfrac«d»«e»
+- \frac«e»«d» | «d»«e» | \frac1«e» | «d» «e» | «d»
+mixed numbers
+= \frac{«a*e+d»}{«e»}
++ «a» «d»/«e» | «a»\frac{«d»}{«e»} | «a» \frac«d»«e» | «a*e+d»/«e» | «a»\tfrac{«d»}{«e»}
+- «a»«d»/«e» | «a» | «b» «d»/«e» | «a»-«d»/«e» | «a» «d» «e» | «d»/«e» | -«a» «d»/«e»
+halves
+= «2*a+1»/2
++ «a»½ | «a» ½ | «a»\frac12 | «a».5 | «a» 1/2
+- «a»12 | «a» | «a»1/2 | «b»½
+points
+= («a»,«m»)
++ («a», «m») | \left(«a»,«m»\right) | ( «a» , «m» ) | (x,y)=(«a»,«m») | («a».0,«m»)
+- («m»,«a») | «a»«m» | («a»«m») | («a»,-«m») | [«a»,«m»] | «a» | («a»,«m»,0) | («a»,«n»)
+points of fractions
+= \left( \frac{«d»}{11}, -«e» \right)
++ (\frac«d»{11},-«e») | («d»/11, -«e») | (\dfrac{«2*d»}{22}, -«e»)
+- (\frac{«d»}{11}, «e») | (\frac{«d»}{12}, -«e») | \frac{«d»}{11} | (-«e», \frac«d»{11})
+points in degrees
+= («d»,«m»^\circ)
++ («d», «m»^\circ) | («d»,«m»°) | («d», «m»^{\circ})
+- («d»«m»^\circ) | («d»,«n»^\circ) | («e»,«m»^\circ) | «d»«m»^\circ
+sets
+= \{«m»,«n»\}
++ \{«n», «m»\} | \left\{«m»,«n»\right\} | \lbrace «m»,«n»\rbrace | «m», «n» | \{«m»,\,«n»\}
+- \{«m»«n»\} | \{«m»\} | \{«m»,«n+1»\} | «m»«n» | \{«m»,«n»,0\}
+intervals
+= [-«a»,«m»)
++ [-«a», «m») | \left[-«a», «m»\right) | x \in [-«a»,«m») | -«a» \le x < «m» | -«a»<=x<«m»
+- (-«a»,«m») | [-«a»,«m»] | [«a»,«m») | [-«a»,«n») | -«a» < x < «m» | («m»,-«a»] | -«a»«m»
+infinite intervals
+= («a»,\infty)
++ («a», \infty) | \left(«a», +\infty\right) | («a»,∞) | x > «a» | «a» < x
+- [«a»,\infty) | (-\infty,«a») | x < «a» | x \ge «a» | («b»,\infty) | «a» | («a»,-\infty)
+unions
+= (-\infty,«a») \cup [«b»,\infty)
++ (-\infty, «a»)\cup[«b», \infty) | [«b»,\infty)\cup(-\infty,«a») | (-∞,«a») ∪ [«b»,∞) | x<«a» \text{ or } x \geq «b»
+- (-\infty,«a»] \cup [«b»,\infty) | (-\infty,«a») | (-\infty,«a») \cup («b»,\infty) | x<«a» | x<«a» \text{ or } x>«b»
+lists
+= «a», «b», -«c»
++ «b»,«a»,-«c» | -«c», «a» and «b» | «a», «b», and -«c» | «a»;«b»;-«c» | $ «a» $, $ «b» $, $ -«c» $
+- «a»,«b»,«c» | «a»,«b» | «a»«b»«c» | «a» | «a»,«b»,-«c+1» | «a» «b» -«c»
+alternatives
+= «a», «b»
++ «a» or «b» | «a» \text{ or } «b» | «b»\text{ and }«a» | x=«a» or x=«b» | $«a»$ and $«b»$
+- «a»«b» | «a» | «a» «b» | «b» | «a» or «b+1» | «a» or more
+hedged numbers
+= «a»
++ «a» apples | «a».
+- «a» or «b» | «a» \text{ or } «b» | $«a»$ or $«b»$ | «a» or more | not «a» | «a», «b» | «a» «b» | «a» to «b»
+plus or minus
+= «a» \pm «d»\sqrt{3}
++ «a»\pm«d»\sqrt3 | «a»+«d»\sqrt{3}, «a»-«d»\sqrt{3} | «a» ± «d»√3
+- «a»+«d»\sqrt{3} | «a»\pm«e»\sqrt3 | «b»\pm«d»\sqrt3
+polynomials
+= «d»x^3 - «e»x^2 + «f»
++ «d»x^{3}-«e»x^{2}+«f» | «f»+«d»x^3-«e»x^2 | x^2(«d»x-«e»)+«f» | «d»x³ - «e»x² + «f» | «d»*x**3-«e»*x**2+«f»
+- «d»x^3+«e»x^2+«f» | «d»x^2-«e»x^3+«f» | «d»x^3-«e»x^2 | «d»y^3-«e»y^2+«f» | «d»x^3-«e»x^2+«f+1» | «d»x^4-«e»x^2+«f»
+powers of two letters
+= «d»x^2 - «e»y^2
++ -«e»y^2+«d»x^2 | «d»x^{2}-«e»y^{2} | «d» x^2 - «e» y^2
+- «d»x^2+«e»y^2 | «d»y^2-«e»x^2 | «d»x^2 | «d»X^2-«e»Y^2 | «d»x^2-«e»y^3
+products
+= («d»x+«e»)(x-«f»)
++ (x-«f»)(«d»x+«e») | «d»x^2+«e»x-«d*f»x-«e*f»
+- («d»x-«e»)(x+«f») | («d»x+«e»)(x+«f») | «d»x+«e»
+radicals
+= «d»\sqrt{7}
++ «d»\sqrt7 | \sqrt{«7*d*d»} | «d»√7 | «d» \sqrt {7} | «d»\cdot\sqrt{7} | «d»sqrt(7) | \sqrt{7}\cdot«d»
+- «e»\sqrt{7} | «d»\sqrt{11} | \sqrt{7} | -«d»\sqrt{7} | «round(d*7**.5, 6)» | «d»7 | «d»\sqrt[3]{7}
+multiples of pi
+= \frac{«d»\pi}{11}
++ \frac{«d»}{11}\pi | «d»\pi/11 | «d»π/11 | \dfrac{«d» \pi}{11} | «d»pi/11
+- \frac{«d»}{11} | «d»\pi | \frac{«e»\pi}{11} | «round(d*3.141592653589793/11, 6)» | -\frac{«d»\pi}{11}
+infinity
+= -\infty
++ -∞ | −∞ | $-\infty$
+- \infty | ∞ | 0 | -1
+roots and pi alone
+= \sqrt{«d»}\pi
++ √«d»π | \sqrt«d» \pi | \pi\sqrt{«d»}
+- \pi | √«e»π | «round(d**.5*3.141592653589793, 5)»
+the empty set
+= \emptyset
++ \varnothing | ∅
+- 0 | \{0\} | \{\emptyset, 1\}
+logarithms
+= \log_{«d»} 11
++ \log_«d» 11 | \log_{«d»}(11) | \frac{\ln 11}{\ln «d»} | \log_{«d»}{11}
+- \log_{11} «d» | \log_{«d»} 12 | \log 11 | 11_«d» | \log_{«e»} 11
+bases
+= 13«d»_{«e+1»}
++ 13«d»_«e+1» | 13«d»_{«e+1»} | 13«d»_{ «e+1» }
+- 13«d»_{«d+20»} | 13«d» | 13«d»1_{«e+1»} | 1«d»3_{«e+1»} | 13«d»«e+1»
+units
+= «a»
++ «a» «U» | «a»\text{ «U»} | «a» \mbox{ «U»} | «a»\ \mathrm{«U»} | «a»\text{ m}^2 | $«a»$ «U» | «a» «U» each | «a»-«U»
+- «b» «U» | «a»\text{ hundred} | «a» million «U» | «a» squared | «a» factorial | «a» dozen | «a» «U» or more
+units in the reference
+= «a»\text{ «U»}
++ «a» «U» | «a» | «a».0 «U» | \text{«a» «U»}
+- «b» «U» | «a» thousand | «a»\text{ h }«b»\text{ min} | «a» or six | «a» plus two | «a» times ten
+hours and minutes
+= 3«a»
++ 3«a» minutes
+- 3\text{ h }«a»\text{ min} | 3 h «a» min | 3 hours and «a» minutes | 3 «a»
+scales
+= «a»000000
++ «a» million | «a»\text{ million} | \$«a» million | «a»,000,000 | «a» million dollars | «a».0 million | «a»000 thousand
+- «a» | «b» million | «a» dollars | «a» thousand | «a»0 million | «a» billion
+dozens
+= «12*a»
++ «a» dozen | «a»\text{ dozen} | «a» dozen eggs
+- «a» | «a» hundred | «b» dozen
+percents
+= «a»\%
++ «a»% | «a»\% | «a» percent | «a» | «a».0\%
+- «b»% | 0.«a» | «a»0%
+money
+= \$«a».«b»
++ $«a».«b» | «a».«b» | «a».«b» dollars | \$ «a».«b» | «a».«b»0 | €«a».«b» | «a».«b»\text{ USD} | $\$«a».«b»$
+- $«a» | \$«a».«b+1» | «a»«b» | -\$«a».«b» | $«a».«b» million
+letters
+= «A»
++ «A» | («A») | \text{«A»} | \textbf{(«A»)}\ 5 | «A.lower()» | «A») the text | Option «A» | **«A»**
+- «B» | («B») | «A»bc | 5 | \text{«B»} | «B») «A.lower()» thing | not «A» | «A»«B»
+hedged letters
+= «A»
++ «A») one
+- «A» or «B» | «A», «B» | («A») or («B») | «A»/«B» | «A» and «B» | «B» and «A» | («A»), («B») | «A» & «B»
+sentences with letters
+= «A»
++ choice («A»)
+- «A» matter of taste | «A» do not know | either «A» or «B» | \text{«A» or «B»} | «A». or «B». | («A») 5 or («B») 6
+letters in brackets
+= \text{(«A»)}
++ «A» | («A») | \text{«A»} | «A». one
+- «B» | («B») | «A» or «B»
+words
+= \text{«V»}
++ «V» | \text{«V»} | «V.lower()» | \textbf{«V»} | «V». | «V.upper()» | \mathrm{«V»}
+- «W» | not «V» | «V» or «W» | «V[:-1]» | \text{«W»} | 5
+matrices
+= \begin{pmatrix} «a» & «b» \\ «c» & -«d» \end{pmatrix}
++ \begin{bmatrix} «a» & «b» \\ «c» & -«d» \end{bmatrix} | \begin{pmatrix}\frac{«2*a»}{2}&«b»\\«c»&-«d»\end{pmatrix}
+- \begin{pmatrix} «b» & «a» \\ «c» & -«d» \end{pmatrix} | \begin{pmatrix} «a» \\ «b» \\ «c» \\ -«d» \end{pmatrix} | «a»
+matrices that differ in an entry
+= \begin{pmatrix} «a» & «b» \\ «c» & «d» \end{pmatrix}
++ \begin{pmatrix}  «a» &  «b» \\  «c» &  «d» \\ \end{pmatrix}
+- \begin{pmatrix} «a» & «c» \\ «b» & «d» \end{pmatrix} | \begin{pmatrix} «a» & «b» \\ «c» & -«d» \end{pmatrix}
+columns
+= \begin{pmatrix} -«d»/11 \\ «a» \end{pmatrix}
++ \begin{bmatrix} -«d»/11 \\ «a» \end{bmatrix} | \begin{pmatrix}-\frac{«d»}{11}\\«a»\end{pmatrix}
+- \begin{pmatrix} «d»/11 \\ «a» \end{pmatrix} | \begin{pmatrix} -«d»/11 & «a» \end{pmatrix}
+complex numbers
+= «a» - «b»i
++ «a»-«b»i | -«b»i+«a» | «a» - «b» i | z=«a»-«b»i
+- «a»+«b»i | -«a»-«b»i | «a» | «b»-«a»i | «a»-«b» | «a»-«b+1»i
+powers
+= 3^{«a»} - 2
++ 3^{«a»}-2 | -2+3^{«a»} | 3^«a»-2 | «3**a-2»
+- 3^{«a»}+2 | 3^{«a+1»}-2 | «a»^{3}-2 | «3**a-3» | 3^{«a»} | «3*a-2»
+towers
+= 10
++ 10.0
+- 10^10^10 | «d»^{«e»^{«f»9}} | «d»^«e»^«d»^«e»9 | «d»**«e»**99 | 10^(10^«d») | \binom{10^9}{10^«d»} | «d»!!!!
+clock times
+= «d»\!:\!«m%50+10» p.m
++ «d»:«m%50+10» p.m. | «d»:«m%50+10» PM | «d»:«m%50+10»\text{ p.m.} | «d» : «m%50+10» pm | 0«d»:«m%50+10» pm
+- «d»:«m%50+10» a.m. | «d»:«m%50+9» p.m. | «d»«m%50+10» | «2*d»:«2*(m%50+10)» pm | «d».«m%50+10» | «d»:«m%50+10» AM
+ratios
+= «d»:«e»
++ «d» : «e» | $«d»:«e»$ | «d»{:}«e» | \text{«d»:«e»}
+- «e»:«d» | «d» | «d»«e» | «d»:«e+1» | «d».«e»
+inequalities
+= x \le «a»
++ x \leq «a» | x≤«a» | x <= «a» | «a» \ge x | x\leqslant «a»
+- x<«a» | x \ge «a» | x = «a» | «a» | x \le -«a» | x \le «b» | y \le «a»
+equations
+= x=«a»
++ x = «a» | «a» = x | «a» | $x=«a»$ | \text{x = «a»} | x = «a-1» + 1 = «a»
+- x=«b» | y=«a» | x=-«a» | «a»x | x<«a» | x=«a»y
+lines
+= y = «d»x + «e»
++ y=«d»x+«e» | «d»x+«e» | y=«e»+«d»x | 2y=«2*d»x+«2*e» | y - «d»x - «e» = 0 | «d»x+«e»=y
+- y=«d»x-«e» | y=«d+1»x+«e» | x=«d»y+«e» | y=«d»x | y=«d»x+«e+1»
+scientific
+= «d».«e» \times 10^{«f»}
++ «d».«e»\times10^{«f»} | «d».«e»e«f» | «d».«e»E«f» | «d».«e» × 10^«f» | «d».«e» \cdot 10^{«f»} | «(10*d+e)*10**(f-1)»
+- «d».«e» | «d».«e»\times 10^{«f+1»} | «d».«e»\times 10^{-«f»} | «d».«e»10^«f» | «d».«e»e-«f» | 10^«f»
+unicode
+= -«m»
++ －«m» | \u00a0-«m»\u00a0 | −\u2009«m» | -«''.join(chr(65296 + int(c)) for c in str(m))»
+- «m» | ‐«n» | «''.join(chr(65296 + int(c)) for c in str(m))»
+left to compute
+= «a*b»
++ «a*b»
+- «a»\cdot «b» | «a» \times «b» | «a*b+c»-«c» | «a»*«b» | |«-a*b»| | «a»×«b»
+thinking
+= «a»
++ <think>\boxed{«b»}</think> \boxed{«a»}
+- <think>\boxed{«a»} </think>«b» | <think> \boxed{«a»}
+"""
+UNITS = ["cm", "km", "feet", "dollars", "miles per hour", "square inches", "apples", "degrees", "hours"]
+WORDS = ["Evelyn", "even", "odd", "Monday", "two lines", "east", "ellipse", "neither", "Saturday", "yes"]
+
+
+def filled(line: str, given: dict) -> list[str]:
+    """The answers of a line, what is in « » computed."""
+    line = re.sub("«(.*?)»", lambda found: str(eval(found[1], dict(given))), line[2:])
+    return line.replace("\\u00a0", "\u00a0").replace("\\u2009", "\u2009").split(" | ")
 
 
 def pairs(seed: int, n: int) -> Iterator[tuple[str, str, str, bool]]:
     """(family, answer, reference, whether it is right), n references of each family."""
     r = random.Random(seed)
-    for family in FAMILIES:
+    lines = FAMILIES.strip().split("\n")
+    for family, reference, right, wrong in zip(*(lines[i::4] for i in range(4))):
         for _ in range(n):
-            reference, right, wrong = family(r)
-            yield from ((family.__name__, answer, reference, True) for answer in right)
-            yield from ((family.__name__, answer, reference, False) for answer in wrong)
+            (a, b, c), (d, e, f) = r.sample(range(10, 50), 3), r.sample(range(2, 10), 3)
+            given = {"a": min(a, b), "b": max(a, b), "c": c, "d": min(d, e), "e": max(d, e), "f": f,
+                     "U": r.choice(UNITS)}
+            for names, values in (("mn", range(100, 999)), ("AB", "ABCDEFGHIJ"), ("VW", WORDS)):
+                given |= zip(names, r.sample(values, 2))
+            for verdict, line in ((True, right), (False, wrong)):
+                yield from ((family, answer, filled(reference, given)[0], verdict) for answer in filled(line, given))

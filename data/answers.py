@@ -108,7 +108,7 @@ def normalize(answer: str) -> str:
     s = " ".join(s.split()).strip("*_ ").rstrip(".,: ")
     s = re.sub(rf"^(-?) ?({NUMBER}) ?({'|'.join(SCALES)})\b", lambda m: m[1] + str(value(m[2]) * SCALES[m[3]]), s)
     amount = r"((?:[^ ]| (?![a-zA-Z]))*(?:[\d})]|\\pi))"  # with no word in it
-    unit = re.fullmatch(rf"{amount}(?: -?|-|(?=[ckm]m|kg))([a-zA-Z][a-zA-Z /]*)(?:\^[23])?", s)
+    unit = re.fullmatch(rf"{amount}(?: -?|-|(?=[ckm]m|kg|[a-zA-Z]{4}))([a-zA-Z][a-zA-Z /]*)(?:\^[23])?", s)
     words = re.findall("[a-zA-Z]+", unit[2]) if unit else []
     if words and all((len(w) > 2 or w in SHORT_UNITS) and w.lower() not in NO_UNIT for w in words):
         s = unit[1]
@@ -162,7 +162,7 @@ def is_correct(response: str, reference: str) -> bool:
 
 def chosen_letter(answer: str) -> str | None:
     """The option that is named and no other one; a sentence that starts with A or I names none."""
-    s = re.sub(r"\\(?:text\w*|mathrm|mbox|mathbf)\s*\{([^{}]*)\}", r"\1", answer)
+    s = re.sub(r"\\(?:text\w*|mathrm|mbox|mathbf)\s*\{([^{}]*)\}|\\left|\\right", r"\1", answer)
     hedge = r"\W*(?:or|and|but|not)\b|\s*[,/&]|.*[(\s][A-HJ][).:]|.*\bor \(?[A-J]\W*$"
     m = re.match(rf"(?is)[^\w-]*(?:(?:option|choice|answer)\W+)?([a-z])(?:\W*$|\s*[).:](?!\w)(?!{hedge}))", s)
     return m and m[1].upper()
@@ -246,7 +246,8 @@ class Verifier:
     def ask(cls, a: str, b: str) -> bool:
         """math-verify's opinion. TimeoutError if it has none in time; InputError if it cannot be started."""
         with cls.lock:
-            process, cls.process = cls.process or cls.start(), None  # kept only if it is ready for the next question
+            process = cls.process if cls.process and cls.process.poll() is None else cls.start()
+            cls.process = None  # until it has answered: one that a Ctrl-C interrupts would answer the next question
             try:
                 process.stdin.write(json.dumps([a, b]) + "\n")
                 process.stdin.flush()
@@ -255,6 +256,8 @@ class Verifier:
                 verdict = ""
             if not verdict:
                 cls.timeouts += 1
+                process.kill()
+                process.wait()
                 raise TimeoutError("math-verify has no opinion in time")
             cls.process = process
             return verdict == "True"

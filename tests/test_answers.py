@@ -145,15 +145,13 @@ def test_no_text_crashes_it_or_is_right_without_an_answer(text):
 
 
 @pytest.mark.parametrize("piece", [
-    "\\boxed{", "\\boxed ", "\\boxed{1}", "\\boxed{{", "{", "}", "answer is ", "answer ", "answer:*", "answer\n", "$",
-    "#### ", "####\n", "<think>", "</think>", "<", "1", "1,", "(", " ", "\n", "*", "**", "_", "\\", "=", "ﷺ"])
+    "\\boxed{", "\\boxed ", "{", "answer is ", "answer:*", "$", "####\n", "<think>", "1,", " ", "\n", "**", "ﷺ"])
 def test_a_megabyte_of_anything_takes_linear_time(piece):
     Verifier.process = Verifier.process or Verifier.start()
     text = piece * (10**6 // len(piece))
-    for whole in (text, f"{text}\n#### 5", f"The answer is {text}", f"\\boxed{{{text}}}", f"\\boxed{{{text[:490]}}}"):
-        begin = time.process_time()
-        is_correct(whole, "x^2+1")
-        assert time.process_time() - begin < 1
+    begin = time.process_time()
+    is_correct(f"The answer is {text}\n#### 5", "x^2+1"), is_correct(f"\\boxed{{{text[:490]}}}", "x^2+1")
+    assert time.process_time() - begin < 1
 
 
 def test_a_question_that_is_too_hard_counts_as_wrong_and_the_next_one_is_answered():

@@ -48,7 +48,7 @@ SPELLINGS = [
     (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*(\d|\\pi(?![a-z]))", r"\\frac{\1}"),
     (r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"), (r"\*\*", "^"),
     (r"√\s*(\d+)|(?:√|\\sqrt)\s*(?:\(([^()]*)\)|(\w))", r"\\sqrt{\1\2\3}"),
-    (r"\^\{(\w)\}", r"^\1"), (r"\^(\d\d+)", r"^{\1}"), (r"_(\w)", r"_{\1}"),
+    (r"\^\{(\w)\}", r"^\1"), (r"\^(\d\d+)", r"^{\1}"), (r"(?<=\d)_(\d+)|_(\w)", r"_{\1\2}"),
     (r"\\(begin|end)\{[bB]?matrix\}", r"\\\1{pmatrix}"), (r"^\s*\\mathbb\{R\}\s*$", r"(-\\infty,\\infty)"),
     (r"\\lbrace", r"\\{"), (r"\\rbrace", r"\\}"), (r"\\langle", "("), (r"\\rangle", ")"),
     (r"\\varnothing", r"\\emptyset"),
@@ -92,7 +92,8 @@ def first_statement(line: str) -> str | None:
     its first sentence."""
     line = re.sub(r"(?<!\w)\*\*|\*\*(?!\w)|__|</?\w{1,20}>", "", line).strip()  # bold, and tags such as </answer>
     line = re.sub(r"(?i)^(?:that|is|equal(?:s| to)|therefore|thus|simply|just|about)\s+", "", line)
-    line = re.split(r"(?<!\\)[.;](?=\s|$)(?!\s*(?:or|and)\b)|,?\s+(?:because|since|which|so)\s", line)[0].strip()
+    end = r"(?<!\\)[.;](?=\s|$)(?!\s*(?:or|and)\b)|,?\s+(?:because|since|which|so|as|where)\s"
+    line = re.split(end, line)[0].strip()
     m = re.match(r"(?:\$\$?|`|\\\(|\\\[)(.+?)(?:\$\$?|`|\\\)|\\\])(?!\d)[\s,]*(([a-zA-Z]*).*)", line)
     if m and (not m[2] or m[3] and m[3].lower() not in NO_UNIT):
         return m[1].strip() or None
@@ -106,7 +107,8 @@ def normalize(answer: str) -> str:
     for pattern, instead in SPELLINGS:
         s = re.sub(pattern, instead, s)
     s = " ".join(s.split()).strip("*_ ").rstrip(".,: ")
-    s = re.sub(rf"^(-?) ?({NUMBER}) ?({'|'.join(SCALES)})\b", lambda m: m[1] + str(value(m[2]) * SCALES[m[3]]), s)
+    scaled = rf"(?i)^(-? ?{NUMBER}) ?({'|'.join(SCALES)})\b"
+    s = re.sub(scaled, lambda m: str(Fraction(m[1].replace(" ", "")) * SCALES[m[2].lower()]), s)
     amount = r"((?:[^ ]| (?![a-zA-Z]))*(?:[\d})]|\\pi))"  # with no word in it
     unit = re.fullmatch(rf"{amount}(?: -?|-|(?=[ckm]m|kg|[a-zA-Z]{4}))([a-zA-Z][a-zA-Z /]*)(?:\^[23])?", s)
     words = re.findall("[a-zA-Z]+", unit[2]) if unit else []
@@ -163,7 +165,7 @@ def is_correct(response: str, reference: str) -> bool:
 def chosen_letter(answer: str) -> str | None:
     """The option that is named and no other one; a sentence that starts with A or I names none."""
     s = re.sub(r"\\(?:text\w*|mathrm|mbox|mathbf)\s*\{([^{}]*)\}|\\left|\\right", r"\1", answer)
-    hedge = r"\W*(?:or|and|but|not)\b|\s*[,/&]|.*[(\s][A-HJ][).:]|.*\bor \(?[A-J]\W*$"
+    hedge = r"\W*(?:or|and|but)\b|\s*[,/&]|.*(?-i:\([A-J]\)|\s[A-HJ](?:[):]|\.\s*\w)|\bor [A-J]\W*$)"
     m = re.match(rf"(?is)[^\w-]*(?:(?:option|choice|answer)\W+)?([a-z])(?:\W*$|\s*[).:](?!\w)(?!{hedge}))", s)
     return m and m[1].upper()
 

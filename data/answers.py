@@ -110,7 +110,7 @@ def normalize(answer: str) -> str:
     scaled = rf"(?i)^(-? ?{NUMBER}) ?({'|'.join(SCALES)})\b"
     s = re.sub(scaled, lambda m: str(Fraction(m[1].replace(" ", "")) * SCALES[m[2].lower()]), s)
     amount = r"((?:[^ ]| (?![a-zA-Z]))*(?:[\d})]|\\pi))"  # with no word in it
-    unit = re.fullmatch(rf"{amount}(?: -?|-|(?=[ckm]m|kg|[a-zA-Z]{4}))([a-zA-Z][a-zA-Z /]*)(?:\^[23])?", s)
+    unit = re.fullmatch(rf"{amount}(?: -?|-|(?=[ckm]m|kg|[a-zA-Z]{{4}}))([a-zA-Z][a-zA-Z /]*)(?:\^[23])?", s)
     words = re.findall("[a-zA-Z]+", unit[2]) if unit else []
     if words and all((len(w) > 2 or w in SHORT_UNITS) and w.lower() not in NO_UNIT for w in words):
         s = unit[1]

@@ -301,7 +301,7 @@ def test_spoilt_kept_responses_are_used_or_refused(made, change):
 @pytest.mark.parametrize("name, flags", [
     ("train", "--seed 18446744073709551616"), ("sample", "--seed 9223372036854775808"),
     ("eval", "--seed 1" + "0" * 30), ("train", "--prefix_len 1" + "0" * 38), ("train", "--lr 1e300"),
-    ("train", "--lr 1e300"), ("sample", "--stop_tokens ²"), ("sample", "--stop_tokens 1" + "0" * 5000),
+    ("sample", "--stop_tokens ²"), ("sample", "--stop_tokens 1" + "0" * 5000),
     ("sample", "--model " + "x" * 5000),
 ])
 def test_numbers_that_torch_cannot_hold_are_one_line(made, name, flags):

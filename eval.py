@@ -444,8 +444,7 @@ def main(config: Config) -> None:
         print(f"{c['problems']} problems in both: {files[0]} {c['first']:.3f}, {files[1]} {c['second']:.3f}; "
               f"difference {c['difference']:+.3f} (95% {c['low']:+.3f} to {c['high']:+.3f}), p = {c['p']:.4f}")
         return
-    if config.out and not (config.out.endswith(".json") and Path(config.out).resolve().parent.is_dir()):
-        raise InputError(f"--out {config.out}: expected a .json file in a folder that exists")
+    check_out(config.out, ".json")
     rows = load_jsonl(resolve(config.data, "test"))[: config.num_problems or None]
     path = config.model or embedded_model(config.data, "student", "model")
     folder, device = checkpoint_folder(path), choose_device(config.device)
@@ -489,6 +488,13 @@ KINDS = {"problem": int, "prompt": str, "correct": (bool, int), "sample": int, "
 def is_response(record, names=tuple(KINDS)) -> bool:
     """Whether a record read from a file is one of `evaluate`'s."""
     return isinstance(record, dict) and all(isinstance(record.get(name), KINDS[name]) for name in names)
+
+
+def check_out(out: str, suffix: str) -> None:
+    """Raise InputError for an --out that could not be written after all the work."""
+    path = Path(out)
+    if out and (path.suffix != suffix or path.is_dir() or not path.resolve().parent.is_dir()):
+        raise InputError(f"--out {out}: expected a {suffix} file in a folder that exists")
 
 
 def drop_ids(record: dict) -> dict:
@@ -642,12 +648,11 @@ if __name__ == "__main__":
         if end == 2:
             stop("usage: python eval.py runs RUN_FOLDER ... [--out runs.png]")
         config = parse_flags(Config, __doc__, sys.argv[end:])
-        run_command(lambda c: plots.draw_runs(sys.argv[2:end], c.out or "runs.png"), config)
+        run_command(lambda c: check_out(c.out, ".png") or plots.draw_runs(sys.argv[2:end], c.out or "runs.png"), config)
     elif command in diagnostics:
+        work, suffix = diagnostics[command], ".html" if command == "tokens" else ".png"
         config = parse_flags(Config, __doc__, sys.argv[2:])
-        if not Path(config.out).resolve().parent.is_dir():
-            stop(f"--out {config.out}: there is no folder {Path(config.out).parent}")
-        run_command(lambda c: plots.draw_diagnostic(command, diagnostics[command](c), c.out), config)
+        run_command(lambda c: check_out(c.out, suffix) or plots.draw_diagnostic(command, work(c), c.out), config)
     elif command:
         stop(f"{command}: no such command; {', '.join(diagnostics)} and runs are; flags alone measure accuracy")
     else:

@@ -248,6 +248,9 @@ class Transformer(nn.Module):
                                 f"{file}: {name} has shape {tuple(tensor.shape)}, config.json asks for "
                                 f"{tuple(expected[name].shape)}"
                             )
+                        if not tensor.isfinite().all():
+                            raise InputError(f"{file}: {name} has numbers that are not finite: the run that wrote it "
+                                             "has failed, or the file is damaged")
                         weights[name] = tensor.to(dtype)
             except SafetensorError as error:
                 raise InputError(f"{file}: not a complete safetensors file ({error})") from None

@@ -80,7 +80,8 @@ class Config:
     stop_class: bool = flag(True, "treat all stop tokens of both models as one outcome in losses with a teacher")
 
     steps: int = flag(20, "optimizer steps", group="optimisation", least=1)
-    batch_size: int = flag(16, "prompts a step; lower it when memory runs out in sampling", least=1)
+    batch_size: int = flag(16, "prompts a step; lower it when memory runs out in sampling", least=1,
+                           most=2**20)
     lr: float = flag(5e-4, "peak learning rate; real models want 1e-6 to 1e-5", above=0, below=math.inf)
     lr_schedule: str = flag("cosine", "constant, or cosine (towards zero at the last step), after the warm-up",
                             choices=("constant", "cosine"))

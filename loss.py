@@ -80,8 +80,9 @@ def distill_loss(
         add) before the divergence is taken, so that a student that stops with another id than the teacher is not
         punished for it.
     vocab: number of real tokens; rows of the heads beyond it are padding and ignored. Default: the smaller head's.
-    chunk_rows: rows handled at once. Live memory is two to three (chunk_rows, V) buffers in float32 on a CPU, nine on
-        a GPU, beside inputs, heads cast to another dtype, gradients (dW is summed in float32) and statistics.
+    chunk_rows: rows handled at once. Live memory is two to three (chunk_rows, V) buffers in float32 on a CPU, on a GPU
+        six (reverse_kl) to ten (jsd), beside inputs, heads cast to another dtype, gradients (dW is summed in float32)
+        and statistics.
 
     Returns (loss, stats): a scalar, and detached (N,) tensors: "loss" (unweighted), "student_entropy", and where there
     is a teacher "kl" (reverse, in nats, whatever the loss), "teacher_entropy", "agree" (same most likely token); with
@@ -113,11 +114,15 @@ def distill_loss(
     if token_weights is None:
         token_weights = hidden_s.new_full((len(hidden_s),), 1 / max(len(hidden_s), 1), dtype=torch.float32)
     stops = torch.tensor(sorted(set(stop_ids)), device=hidden_s.device)
-    total, names, *stats = FusedDivergence.apply(
-        hidden_s, head_s, hidden_t, head_t, token_weights, targets, stops if len(stops) > 1 else None, vocab,
-        temperature, chunk_rows, (loss, beta, min(top_k, vocab), top_k_of),
+    if len(stops) < 2:
+        stops = None
+    elif targets is not None:
+        targets = torch.where(torch.isin(targets, stops), stops[0], targets)
+    total, names, stats = FusedDivergence.apply(
+        hidden_s, head_s, hidden_t, head_t, token_weights, targets, stops, vocab, temperature, chunk_rows,
+        (loss, beta, min(top_k, vocab), top_k_of),
     )
-    return total, dict(zip(names, stats))
+    return total, dict(zip(names, stats.unbind(1)))
 
 
 class FusedDivergence(torch.autograd.Function):
@@ -134,31 +139,28 @@ class FusedDivergence(torch.autograd.Function):
         # On a CPU the elementwise work goes over few rows at a time, so that they stay in its cache.
         block_rows = 16 if hidden_s.device.type == "cpu" else chunk_rows
 
-        stats: dict[str, Tensor] = {}  # (N,) each; made once, since small tensors that stay would litter the memory
+        scale, names, stats = (weights.to(wide) / temperature)[:, None], (), None
         with torch.autocast(hidden_s.device.type, enabled=False):  # precision is chosen here, product by product
             for start in range(0, max(n, 1), chunk_rows):  # n = 0 makes one empty chunk
                 chunk = slice(start, start + chunk_rows)
                 h, y = operand(hidden_s[chunk], hidden_s), None if targets is None else targets[chunk]
-                scale = (weights[chunk].to(wide) / temperature)[:, None]  # (c, 1)
                 z = logits(h, W, temperature)  # (c, V)
                 t = None if W_t is None else logits(operand(hidden_t[chunk], hidden_t), W_t, temperature)
-                share = None
                 if stops is not None:
-                    share = merge_stops(z, stops)
+                    own = merge_stops(z, stops)
                     if t is not None:
                         merge_stops(t, stops)
-                    y = None if y is None else torch.where(torch.isin(y, stops), stops[0], y)
                 for b in range(0, max(len(h), 1), block_rows):
                     block = slice(b, b + block_rows)
                     found = value_and_gradient(
                         z[block], None if t is None else t[block], None if y is None else y[block, None], *options
                     )
-                    for name, value in found.items():
-                        stats.setdefault(name, torch.empty(n, dtype=wide, device=h.device))
-                        stats[name][chunk][block] = value[:, 0].to(wide)
-                dz = z.mul_(scale)  # z holds the gradient with respect to the logits now
-                if share is not None:  # the gradient of the class flows back through each id's share of it
-                    dz[:, stops] = dz[:, stops[:1]] * share
+                    if stats is None:  # made once, since small tensors that stay would litter the memory
+                        names, stats = tuple(found), torch.empty(n, len(found), dtype=wide, device=h.device)
+                    stats[chunk][block] = torch.cat(list(found.values()), dim=1)
+                dz = z.mul_(scale[chunk])  # z holds the gradient with respect to the logits now
+                if stops is not None:  # the gradient of the class flows back through each id's share of it
+                    dz.index_copy_(1, stops, dz[:, stops[:1]] * own.softmax(-1))
                 dz = operand(dz, h)
                 if want_hidden:
                     d_hidden[chunk] = matmul(dz, W)
@@ -166,11 +168,11 @@ class FusedDivergence(torch.autograd.Function):
                     add_matmul(d_head[:vocab], dz.T, h)
                 del z, t, dz  # before the next chunk's are made
 
-        total = (stats["loss"] * weights.to(wide)).sum()
+        total = (stats[:, names.index("loss")] * weights.to(wide)).sum()
         # The gradients ride on ctx, not in save_for_backward: they are results, and there is no second derivative.
         ctx.gradients = [None if g is None else g.to(x.dtype) for g, x in ((d_hidden, hidden_s), (d_head, head_s))]
-        ctx.mark_non_differentiable(*stats.values())
-        return total, tuple(stats), *stats.values()
+        ctx.mark_non_differentiable(stats)
+        return total, names, stats
 
     @staticmethod
     def backward(ctx, grad_total, *_):
@@ -269,11 +271,11 @@ def balance(dz: Tensor, ids: Tensor) -> None:
 
 def merge_stops(logits: Tensor, stops: Tensor) -> Tensor:
     """Merge the ids `stops` (k,) of the logits (c, V) into one outcome, in place: the first id's logit becomes the
-    log-sum-exp, the others' FAR. Returns each id's share of the class, (c, k)."""
+    log-sum-exp, the others' FAR. Returns the logits they had, (c, k)."""
     own = logits[:, stops]
-    logits[:, stops] = FAR
-    logits[:, stops[0]] = own.logsumexp(-1)
-    return own.softmax(-1)
+    logits.index_fill_(1, stops, FAR)
+    logits.index_copy_(1, stops[:1], own.logsumexp(-1, keepdim=True))
+    return own
 
 
 # A product of half-precision numbers that is rounded to half precision and cast up afterwards looks right in the loss,

@@ -142,6 +142,7 @@ class Decoder:
         self.head_dim, self.eps = head_dim_of(model.config), model.config.rms_norm_eps
         self.frequencies, self.rope_scale = model.frequencies.to(self.device), model.rope_scale
         self.cache = None
+        self.graphs: dict | None = None  # {} asks for CUDA graphs of the decode steps; see `next_tokens`
         self.weights = [
             {name: torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=self.dtype, device=self.device)
              for name, parts in group.items()}
@@ -187,7 +188,8 @@ class Decoder:
         """Copy the model's weights in, after an optimizer step."""
         for mine, parts_by_name in zip(self.weights, self.groups(model)):
             for name, parts in parts_by_name.items():
-                torch.cat(parts, out=mine[name])
+                for piece, p in zip(mine[name].split([len(p) for p in parts]), parts):
+                    piece.copy_(p)
             pack(mine)
 
     def cache_for(self, slots: int, max_len: int) -> KVCache:
@@ -195,7 +197,7 @@ class Decoder:
         _, old_slots, _, old_len, _ = (0,) * 5 if self.cache is None else self.cache.kv.shape
         if slots > old_slots or max_len > old_len:
             max_len = math.ceil(max(max_len, old_len) / LENGTH_STEP) * LENGTH_STEP
-            self.cache = None  # freed before the new one is made
+            self.cache, self.graphs = None, None if self.graphs is None else {}  # freed before the new one is made
             self.cache = KVCache(self.config, max(slots, old_slots), max_len, self.device, self.dtype)
         return self.cache
 
@@ -235,6 +237,32 @@ class Decoder:
             return F.scaled_dot_product_attention(q, *cache.read(layer, B, length), attn_mask=mask)
 
         return self.run_layers(tokens, positions, attend)
+
+    @torch.no_grad()
+    def next_tokens(self, tokens: Tensor, positions: Tensor, uniform: Tensor, length: int, *how) -> Tensor:
+        """A decode step and the tokens (B,) it samples; uniform (B,) and how: what sample_token takes besides logits.
+
+        A decode step is some hundred kernels, and starting them one by one from Python takes a GPU longer than they
+        run. With `graphs`, the kernels of each (rows, length) are recorded once and started together from then on. They
+        read and write where they did when they were recorded, so what changes between steps is copied there first.
+        """
+        def run(tokens, positions, uniform):
+            return sample_token(self.logits(self.step(tokens, positions, self.cache, length)), uniform, *how)
+
+        if self.graphs is None:
+            return run(tokens, positions, uniform)
+        key = len(tokens), length, how
+        if key not in self.graphs:
+            inputs = [x.clone() for x in (tokens, positions, uniform)]
+            run(*inputs)  # libraries set themselves up in their first call, which must not be recorded
+            graph, others = torch.cuda.CUDAGraph(), list(self.graphs.values())
+            with torch.cuda.graph(graph, pool=others[0][0].pool() if others else None):  # scratch memory for all
+                self.graphs[key] = graph, inputs, run(*inputs)
+        graph, inputs, sampled = self.graphs[key]
+        for x, new in zip(inputs, (tokens, positions, uniform)):
+            x.copy_(new)
+        graph.replay()
+        return sampled
 
     def run_layers(self, tokens: Tensor, positions: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
         """tokens (n,) at positions (n,) -> hidden states (n, H). attend(layer, qkv) gets queries, keys and values,
@@ -341,21 +369,20 @@ def generate(
     if longest + max_new_tokens > positions:
         raise InputError(f"--max_new_tokens {max_new_tokens} and the longest prompt, {longest} tokens, exceed the "
                          f"{positions} positions of the model")
-    device, cap, slots = decoder.device, max_new_tokens, min(slots or 256, len(prompts))
+    device, cap, how = decoder.device, max_new_tokens, (temperature, top_k, top_p)
+    slots = min(slots or 256, len(prompts))
     cache, stops = decoder.cache_for(slots, longest + cap), torch.tensor(stop_ids, dtype=torch.long, device=device)
     # Finding out which rows have ended waits for a GPU, so it is done now and then; ended rows compute on, ignored.
     check_every = 1 if device.type == "cpu" or stream is not None else 16
 
     # The state of the slots. The column `cap` of ids and noise is for slots whose row has ended.
-    prompt_len, count = torch.zeros(2, slots, dtype=torch.long, device=device)  # count: tokens sampled so far
+    token, prompt_len, count = torch.zeros(3, slots, dtype=torch.long, device=device)  # count: of tokens sampled before
     active = torch.zeros(slots, dtype=torch.bool, device=device)
     ids = torch.zeros(slots, cap + 1, dtype=torch.long, device=device)
     noise = torch.zeros(slots, cap + 1, dtype=torch.float64, device=device)
-    hidden = torch.zeros(slots, decoder.config.hidden_size, dtype=decoder.dtype, device=device)  # to sample from next
     busy: dict[int, tuple[int, int]] = {}  # slot -> its row, and the step in which the row got there
 
     queue, step, responses = deque(range(len(prompts))), 0, [[] for _ in prompts]
-    prefilled = decoded = pairs = 0
     bar = tqdm(desc="sample", unit=" tok", leave=False, disable=not progress)
     while True:
         # Refill free slots, several at once: reading one prompt alone takes as long as reading four together.
@@ -374,15 +401,12 @@ def generate(
                 at = torch.tensor([s for s, _ in part], device=device)
                 prompt_len[at], noise[at, :cap] = lens.to(device), torch.stack(uniform).to(device)
                 count[at], active[at] = 0, True
-                read = decoder.prefill(tokens.to(device), cache, at)  # (b, T, H)
-                hidden[at] = read[torch.arange(len(part), device=device), prompt_len[at] - 1]
-                prefilled += int(lens.sum())
-                pairs += int((lens * (lens + 1)).sum()) // 2
+                hidden = decoder.prefill(tokens.to(device), cache, at)  # (b, T, H)
+                last = hidden[torch.arange(len(part), device=device), prompt_len[at] - 1]
+                token[at] = sample_token(decoder.logits(last), noise[at, 0], *how)
 
-        # Sample a token in every slot. It will be written at the position after those its row has.
-        column = torch.where(active, count, cap)[:, None]
-        token = sample_token(decoder.logits(hidden), noise.gather(1, column)[:, 0], temperature, top_k, top_p)
-        ids.scatter_(1, column, token[:, None])
+        # Every slot has a new token. It will be fed back at the position after those its row has.
+        ids.scatter_(1, torch.where(active, count, cap)[:, None], token[:, None])
         position = (prompt_len + count).clamp_(max=longest + cap - 1)
         count += active
         active &= ~torch.isin(token, stops) & (count < cap)
@@ -395,32 +419,34 @@ def generate(
             going, counts = torch.stack((active.long(), count)).tolist()
             ended = [s for s in busy if not going[s]]
             for s, sampled in zip(ended, ids[ended].tolist() if ended else ()):
-                (i, _), n = busy.pop(s), counts[s]
-                responses[i] = sampled[:n]
-                decoded += n - 1  # the last token is never fed back
-                pairs += (n - 1) * len(prompts[i]) + n * (n - 1) // 2  # the j-th fed back attends to prompt + j
+                responses[busy.pop(s)[0]] = sampled[: counts[s]]
             bar.update(sum(map(len, responses)) + sum(counts[s] for s in busy) - bar.n)
             if not busy and not queue:
                 break
             if not busy:
                 continue
-            # The queue is empty: close the gaps. Not every gap at once, since moving a row copies its cache.
-            if not queue and 8 * len(busy) <= 7 * len(count):
-                living = sorted(busy)
-                for to, s in enumerate(living):
+            # The queue is empty: close the gaps. Not every gap at once, since moving a row copies its cache; and to
+            # few numbers of rows, if for each a graph is recorded.
+            size = len(busy) if decoder.graphs is None else 2 ** (len(busy) - 1).bit_length()
+            if not queue and 8 * size <= 7 * len(count):
+                order = sorted(range(len(count)), key=lambda s: s not in busy)[:size]  # the living first
+                for to, s in enumerate(order[: len(busy)]):
                     if to != s:
                         cache.move(to, s, len(prompts[busy[s][0]]) + step - busy[s][1])
                 token, position, prompt_len, count, active, ids, noise = (
-                    x[living] for x in (token, position, prompt_len, count, active, ids, noise)
+                    x[order] for x in (token, position, prompt_len, count, active, ids, noise)
                 )
-                busy = {to: busy[s] for to, s in enumerate(living)}
+                busy = {to: busy[s] for to, s in enumerate(order) if s in busy}
 
         # Feed the tokens back: one decode step. What lies beyond the longest row in the cache is not read.
         length = max(len(prompts[i]) + step - start for i, start in busy.values())
-        hidden = decoder.step(token, position, cache, math.ceil(length / LENGTH_STEP) * LENGTH_STEP)
+        uniform = noise.gather(1, count[:, None])[:, 0]
+        token = decoder.next_tokens(token, position, uniform, math.ceil(length / LENGTH_STEP) * LENGTH_STEP, *how)
     bar.close()
     rollout = Rollout.of(prompts, responses, stop_ids)
-    rollout.prefilled, rollout.decoded, rollout.pairs = prefilled, decoded, pairs
+    fed = rollout.prompt_lens + rollout.lens - 1  # the last token is never fed back
+    rollout.prefilled, rollout.decoded = int(rollout.prompt_lens.sum()), int((rollout.lens - 1).sum())
+    rollout.pairs = int((fed * (fed + 1)).sum()) // 2
     return rollout
 
 

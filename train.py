@@ -98,7 +98,7 @@ class Config:
     micro_tokens: int = flag(8192, "tokens that go forward and backward at once, padding included; the result is the "
                              "same; lower it when memory runs out in learning", group="the machine", least=1)
     recompute: bool = flag(False, "keep only the blocks' inputs for backward: much less memory, a third more FLOP")
-    compile: bool = flag(False, "torch.compile the two forwards of learning: minutes of warm-up")
+    compile: bool = flag(False, "torch.compile the two forwards of learning; on CUDA, graphs of the decode steps")
     device: str = flag("", "cpu, cuda, cuda:1, ...; empty chooses")
     teacher_device: str = flag("", "another device for the teacher; empty takes --device")
     shard: int = flag(1, "split the student, its gradients and moments over this many ranks of torchrun", least=1)
@@ -328,6 +328,7 @@ def distill(config: Config, resume_from: Path | None) -> None:
     read_s, read_t = student, teacher
     if config.compile:
         read_s, read_t = (model and torch.compile(model, dynamic=True) for model in (student, teacher))
+        pair.decoder.graphs = {} if device.type == "cuda" else None
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     loss_options = {
         "loss": config.loss, "temperature": config.temperature, "beta": config.beta, "top_k": config.top_k,
@@ -362,18 +363,20 @@ def distill(config: Config, resume_from: Path | None) -> None:
 
         with together("learning", run, config):
             for tokens, mask, position in micro_batches:
-                tokens, mask = tokens.to(device), mask.to(device)  # (b, T), (b, T-1)
+                # Places among all b * (T-1), and the tokens that are to follow there. A mask would make a GPU wait.
+                at, targets = mask.flatten().nonzero()[:, 0].to(device), tokens[:, 1:][mask].to(device)  # (n,) each
+                tokens = tokens[:, :-1].to(device)  # (b, T-1)
 
                 # 2. score: the teacher reads the same tokens
                 hidden_t = head_t = None
                 if scored:
-                    hidden_t = read_t(tokens[:, :-1].to(there))[mask.to(there)].to(device)  # (n, H_t)
+                    hidden_t = read_t(tokens.to(there)).flatten(0, 1)[at.to(there)].to(device)  # (n, H_t)
                     head_t = teacher.head if head_copy is None else head_copy
 
                 # 3. learn: a token weighs 1 / (supervised tokens of the step), however the step is split
                 with torch.autocast(device.type, dtype=pair.dtype, enabled=half and config.shard == 1):
-                    hidden_s = read_s(tokens[:, :-1])[mask].to(pair.dtype)  # (n, H_s)
-                weights, targets = torch.full((len(hidden_s),), 1 / n, device=device), tokens[:, 1:][mask]
+                    hidden_s = read_s(tokens).flatten(0, 1)[at].to(pair.dtype)  # (n, H_s)
+                weights = torch.full((len(at),), 1 / n, device=device)
                 loss, row_stats = distill_loss(
                     hidden_s, student.head, hidden_t, head_t, token_weights=weights, targets=targets, **loss_options,
                 )

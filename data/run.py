@@ -153,7 +153,8 @@ def files_of_run(out: Path) -> list[Path]:
 def remove(path: Path) -> None:
     """Delete a file or a checkpoint; a kill meanwhile leaves a name that is cleared when the run is opened again."""
     if path.is_dir():
-        gone = path.with_name(f".{path.name.lstrip('.')}.incomplete")
+        gone = path.with_name(f".{path.name}.old.incomplete")
+        shutil.rmtree(gone, ignore_errors=True)
         os.replace(path, gone)
         shutil.rmtree(gone)
     else:

@@ -4,10 +4,16 @@
                                    # (pip install trl, if you want that column)
     python tests/bench.py sample   # tokens per second of generate, against transformers' with either cache
     python tests/bench.py step     # a whole step of training, against TRL's DistillationTrainer (pip install trl)
+    python tests/bench.py ranks    # tokens per second of two ranks against one, on a CPU
+    python tests/bench.py gpu      # everything worth knowing on a CUDA card, from random weights: a table and one line
+                                   # of JSON. Meant to take at most 8 minutes on an H100; it has not run on a card yet
 """
 
+import contextlib
 import gc
+import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,7 +24,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,7 +33,7 @@ import train
 from data.run import read_log
 from data.tokenizer import Tokenizer
 from loss import distill_loss
-from model import Transformer
+from model import Transformer, choose_device, count_flops
 from sample import Decoder, generate
 from tests.reference import live
 
@@ -180,8 +186,7 @@ def bench_step(batch: str = "16", cap: str = "128", steps: str = "3") -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, layers in (("student", 24), ("teacher", 30)):
             live(LlamaConfig(**SMOLLM2, num_hidden_layers=layers), seed=0).save_pretrained(Path(folder) / name)
-            for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-                shutil.copy(chains / "teacher" / file, Path(folder) / name)
+            wide_tokenizer(Path(folder) / name, SMOLLM2["vocab_size"])
         (Path(folder) / "train.jsonl").write_text("\n".join(lines))
         best = {}
         try:
@@ -200,7 +205,18 @@ def bench_step(batch: str = "16", cap: str = "128", steps: str = "3") -> None:
         print(f"{name}: {taken:.1f} s a step, {tokens / taken:,.0f} response tokens/s{ratio}")
 
 
-def their_step(folder, texts, batch, cap, steps) -> tuple[float, int]:
+def wide_tokenizer(folder: Path, vocab: int) -> None:
+    """The embedded tokenizer with so many ids: without them train.py would leave the padding out of the head, and do
+    less than a peer that takes the whole."""
+    for file in ("tokenizer_config.json", "generation_config.json"):
+        shutil.copy(ROOT / "data/chains/teacher" / file, folder)
+    tokenizer = json.loads((ROOT / "data/chains/teacher/tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"]
+    ids |= {f"~{i}": i for i in range(len(ids), vocab)}  # no prompt holds them
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def their_step(folder, texts, batch, cap, steps, gpu: bool = False) -> tuple[float, int]:
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DistillationConfig, DistillationTrainer
@@ -212,6 +228,7 @@ def their_step(folder, texts, batch, cap, steps) -> tuple[float, int]:
             self.start = time.perf_counter()
 
         def on_step_end(self, *_, **__):
+            torch.cuda.synchronize() if gpu else None
             self.taken.append(time.perf_counter() - self.start)
             print(f"trl, step {len(self.taken) - 1}: {self.taken[-1]:.1f} s", flush=True)
 
@@ -220,7 +237,7 @@ def their_step(folder, texts, batch, cap, steps) -> tuple[float, int]:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     options = DistillationConfig(
         output_dir=str(Path(folder) / "trl"), per_device_train_batch_size=batch, max_completion_length=cap,
-        max_steps=steps, learning_rate=1e-6, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+        max_steps=steps, learning_rate=1e-6, use_cpu=not gpu, bf16=gpu, gradient_checkpointing=False, report_to="none",
         save_strategy="no", disable_tqdm=True, logging_steps=1000,
     )
     DistillationTrainer(
@@ -230,9 +247,181 @@ def their_step(folder, texts, batch, cap, steps) -> tuple[float, int]:
     return min(Clock.taken), batch * cap
 
 
+# --- a CUDA card
+
+
+QWEN3 = {"vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40_960,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+QWEN3_SIZES = {"0.6B": (1024, 3072, 28, 16), "1.7B": (2048, 6144, 28, 16), "8B": (4096, 12_288, 36, 32)}
+TINY = {**QWEN3, "vocab_size": 704, "head_dim": 16}
+GOALS = {"decode 64 rows, graphs, share of bandwidth": 0.6, "loss, TFLOP/s": 280, "student, MFU": 0.4,
+         "step, times TRL's speed": 2}
+
+
+def qwen3(name: str, tiny: bool = False, layers: int = 0) -> Qwen3Config:
+    hidden, mlp, depth, heads = QWEN3_SIZES[name]
+    if tiny:
+        hidden, mlp, depth = hidden // 32, mlp // 32, 2
+    return Qwen3Config(**(TINY if tiny else QWEN3), hidden_size=hidden, intermediate_size=mlp,
+                       num_hidden_layers=layers or depth, num_attention_heads=heads, tie_word_embeddings=name != "8B")
+
+
+def on_card(config, dtype: torch.dtype = torch.float32) -> Transformer:
+    """Random weights, made on the device."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model = model.to(dtype).to_empty(device="cuda")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, p.shape[1] ** -0.5) if p.dim() > 1 else p.fill_(1)
+    return model
+
+
+def on_clock(repeat: int, function, *arguments) -> float:
+    """Seconds a call, after a first one that sets things up."""
+    function(*arguments)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeat):
+        function(*arguments)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeat
+
+
+def bench_gpu(tiny: bool = False) -> None:
+    """tiny: the same on models of a few thousand weights, which a test runs on a simulated device."""
+    choose_device("cuda")
+    start, repeat = time.perf_counter(), 1 if tiny else 20
+    a, b = torch.zeros(2, 2**10 if tiny else 2**30, device="cuda", dtype=torch.bfloat16)
+    bandwidth = 4 * len(a) / on_clock(repeat, a.copy_, b)  # bytes/s, read and written
+    a = torch.randn(2**6 if tiny else 2**13, 2**6 if tiny else 2**13, device="cuda").bfloat16()
+    rate = 2 * len(a) ** 3 / on_clock(repeat, torch.mm, a, a)  # FLOP/s; MFU is a share of it
+    found = {"copy, GB/s": bandwidth / 1e9, "product, TFLOP/s": rate / 1e12}
+    del a, b
+    found |= sampling_on_card(bandwidth, rate, repeat, tiny)
+    found |= learning_on_card(rate, max(1, repeat // 4), tiny)
+    found |= loss_on_card(max(1, repeat // 4), tiny)
+    torch.cuda.empty_cache()
+    found |= step_on_card(tiny)
+    found["seconds of this bench"] = time.perf_counter() - start
+    card = torch.cuda.get_device_name()
+    print(f"{card}, torch {torch.__version__}; MFU and shares are of the rates of the product and the copy")
+    for name, x in found.items():
+        print(f"  {name:45} {x:12,.4g}" + (f"   goal: at least {GOALS[name]}" if name in GOALS else ""))
+    print(json.dumps({"device": card, "torch": torch.__version__, **found}))
+
+
+def sampling_on_card(bandwidth: float, rate: float, repeat: int, tiny: bool) -> dict[str, float]:
+    """Of the 1.7B shape: decode steps in the middle of a response, and the reading of prompts."""
+    config, found = qwen3("1.7B", tiny), {}
+    decoder = Decoder(on_card(config, torch.bfloat16))
+    weights = 2 * sum(w.numel() for group in decoder.weights[:-1] for w in group.values()) + 2 * decoder.head.numel()
+    length = 64 if tiny else 768
+    for rows in (1, 4) if tiny else (1, 8, 64):
+        moved = weights + 2 * decoder.cache_for(rows, length).kv[:, :rows, :, :length].numel()
+        token = torch.full((rows,), 7, device="cuda")
+        at, uniform = torch.full_like(token, length - 1), torch.full((rows,), 0.5, device="cuda", dtype=torch.float64)
+        for graphs, words in ((None, ""), ({}, ", graphs")):
+            decoder.graphs = graphs
+            taken = on_clock(repeat, decoder.next_tokens, token, at, uniform, length, 1.0)
+            found[f"decode {rows} rows{words}, tokens/s"] = rows / taken
+            found[f"decode {rows} rows{words}, share of bandwidth"] = moved / taken / bandwidth
+    b, T = (2, 32) if tiny else (64, 256)
+    taken = on_clock(repeat, decoder.prefill, torch.randint(config.vocab_size, (b, T), device="cuda"))
+    return found | {"prefill, tokens/s": b * T / taken,
+                    "prefill, MFU": count_flops(config, b * T, b * T * (T + 1) / 2, 0) / taken / rate}
+
+
+def learning_on_card(rate: float, repeat: int, tiny: bool) -> dict[str, float]:
+    """The two forwards of learning and the student's backward, without heads: 1.7B from 8B."""
+    b, T = (2, 32) if tiny else (4, 1280)
+    tokens = torch.randint(500, (b, T), device="cuda")
+    student, teacher = on_card(qwen3("1.7B", tiny)), Decoder(on_card(qwen3("8B", tiny), torch.bfloat16))
+
+    def learn() -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            hidden = student(tokens)
+        hidden.backward(hidden.detach())
+
+    work = b * T, b * T * (T + 1) / 2, 0
+    return {"teacher, MFU": count_flops(teacher.config, *work) / on_clock(repeat, teacher, tokens) / rate,
+            "student, MFU": 3 * count_flops(student.config, *work) / on_clock(repeat, learn) / rate}
+
+
+def loss_on_card(repeat: int, tiny: bool) -> dict[str, float]:
+    """The reverse KL of 4,096 rows at the heads of 1.7B and 8B; its gradient of 64 rows against float64."""
+    n, (v, h, h_t) = (128, (704, 64, 128)) if tiny else (4096, (151_936, 2048, 4096))
+    made = [torch.randn(*size, device="cuda").mul_(scale).bfloat16()
+            for size, scale in (((n, h), 1), ((v, h), 3 / h**0.5), ((n, h_t), 1), ((v, h_t), 3 / h_t**0.5))]
+
+    def gradients(hidden, head, hidden_t, head_t) -> list[torch.Tensor]:
+        leaves = [hidden.detach().requires_grad_(), head.detach().requires_grad_()]
+        distill_loss(*leaves, hidden_t, head_t)[0].backward()
+        return [x.grad for x in leaves]
+
+    taken = on_clock(repeat, gradients, made[0], made[1].float(), *made[2:])
+    few = [made[0][:64], made[1].float(), made[2][:64], made[3]]
+    errors = [float((x.double() - y).norm() / y.norm())
+              for x, y in zip(gradients(*few), gradients(*(x.double() for x in few)))]
+    return {"loss, TFLOP/s": 2 * n * v * (3 * h + h_t) / taken / 1e12,
+            **{f"loss, error of the gradient of the {name}": x for name, x in zip(("hidden states", "head"), errors)}}
+
+
+def step_on_card(tiny: bool) -> dict[str, float]:
+    """A step of training, 0.6B from 1.7B: its speed, the speed of TRL's, and its peak memory against --plan."""
+    batch, cap, steps, found = 4 if tiny else 16, 8 if tiny else 512, 3, {}
+    lines = (ROOT / "data/chains/test.jsonl").read_text().splitlines()[: batch * steps]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, shape, dtype in (("student", "0.6B", torch.float32), ("teacher", "1.7B", torch.bfloat16)):
+            model = on_card(qwen3(shape, tiny))
+            model.save_pretrained(Path(folder) / name, dtype)
+            wide_tokenizer(Path(folder) / name, model.config.vocab_size)
+            del model
+        (Path(folder) / "train.jsonl").write_text("\n".join(lines))
+        options = {
+            "student": f"{folder}/student", "teacher": f"{folder}/teacher", "data": f"{folder}/train.jsonl",
+            "prefix_len": cap, "batch_size": batch, "steps": steps, "lr": 1e-6, "eval_problems": 0, "eval_kl": 0,
+            "max_new_tokens": cap, "out_dir": f"{folder}/run", "device": "cuda", "dtype": "bfloat16",
+        }
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            train.train(train.Config(**options, plan=True))
+        planned = max(float(x) * 1e9 for x in re.findall(r"in all, while \w+ +([\d.]+)", printed.getvalue()))
+        train.train(train.Config(**options))
+        records = read_log(Path(folder) / "run/log.jsonl")
+        taken, tokens = min((r["seconds_sample"] + r["seconds_learn"], r["tokens"]) for r in records)
+        found["step, tokens/s"] = tokens / taken
+        found["step, peak memory of what --plan says"] = max(r["peak_memory"] for r in records) / planned
+        gc.collect()
+        torch.cuda.empty_cache()
+        with contextlib.suppress(ImportError):
+            if not tiny:
+                prompts = [json.loads(line)["prompt"] for line in lines]
+                theirs, tokens = their_step(folder, prompts, batch, cap, steps, gpu=True)
+                found |= {"TRL's step, tokens/s": tokens / theirs,
+                          "step, times TRL's speed": found["step, tokens/s"] * theirs / tokens}
+    return found
+
+
+def bench_ranks(steps: str = "4") -> None:
+    """Tokens per second of training on `search`, of one rank and of two, at one thread each; of the fastest step."""
+    rates = []
+    with tempfile.TemporaryDirectory() as folder:
+        for n in (1, 2):
+            subprocess.run(
+                [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), "train.py",
+                 "--device", "cpu", "--prefix_len", "256", "--steps", steps, "--eval_problems", "0", "--eval_kl", "0",
+                 "--out_dir", f"{folder}/{n}"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )
+            rates.append(max(r["tokens_per_s"] for r in read_log(Path(folder) / str(n) / "log.jsonl")))
+    print(f"tokens/s: 1 rank {rates[0]:,.0f}, 2 ranks {rates[1]:,.0f}, {rates[1] / rates[0]:.2f} times as many")
+
+
 if __name__ == "__main__":
-    benches = {"loss": bench_loss, "loss_memory": loss_memory, "sample": bench_sample, "step": bench_step}
+    benches = {"loss": bench_loss, "loss_memory": loss_memory, "sample": bench_sample, "step": bench_step,
+               "ranks": bench_ranks, "gpu": bench_gpu}
     if len(sys.argv) < 2 or sys.argv[1] not in benches:
-        sys.exit("usage: python tests/bench.py loss|sample|step")
+        sys.exit("usage: python tests/bench.py loss|sample|step|ranks|gpu")
     torch.manual_seed(0)
     benches[sys.argv[1]](*sys.argv[2:])

@@ -418,6 +418,7 @@ def distill(config: Config, resume_from: Path | None) -> None:
             break
     bar.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if test and not run.interrupted and not run.evaluated():
         examine(pair, test, config, run)
     run.summarize(whole_flops(run, pair, rows, config) if test else None)

@@ -89,6 +89,7 @@ def test_sampling_is_that_of_the_cpu(slots, graphs):
         decoder = Decoder.from_pretrained(STUDENT, where, torch.float32, TOKENIZER.vocab_size)
         decoder.graphs = {} if graphs and where == "cuda" else None
         rollouts = [generate(decoder, PROMPTS, cap, TOKENIZER.stop_ids, slots=slots) for cap in (12, 90)]
+        assert {rows for rows, *_ in decoder.graphs or ()} <= {slots or 8, 4, 2, 1}  # few graphs while rows end
         return [r.response(i) for r in rollouts for i in range(len(PROMPTS))]
 
     expected = responses("cpu")
@@ -269,13 +270,15 @@ def test_launches_of_the_loss():
 
 
 @simulated
-def test_waits_of_a_micro_batch(run, capsys):
+def test_waits_and_products_of_a_micro_batch(run, capsys):
     """Of the loop in train.py: one run with one micro-batch a step, another with four; what the difference is."""
     waits = []
     for micro_tokens in (8192, 1):
         with fake_cuda() as gpu:
             typed(train, train.train, *run, "--steps", 1, "--micro_tokens", micro_tokens, "--overwrite")
         waits.append(gpu.waits)
+        products = {name for name in gpu.launches if "mm " in name}
+        assert products == {"mm torch.bfloat16", "addmm torch.bfloat16"}
     more = waits[1] - waits[0]
     assert sum(more.values()) / 3 <= 6, more
 

@@ -283,7 +283,7 @@ def measure_kl(
 
 @torch.no_grad()
 def preflight(pair: Pair, prompts: list[str], config) -> list[str]:
-    """Look at a pair before it is trained: lines to print, in plain language, the warnings last.
+    """Check a pair before it is trained: lines to print, in plain language, the warnings last.
 
     A few prompts are answered by the student, and both models are asked two questions that betray most mismatches: what
     should come first, and how likely is each stop token where the student stopped?

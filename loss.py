@@ -74,7 +74,7 @@ def distill_loss(
         precision; heads are cast to it, and products of half precision are still delivered in float32.
     token_weights (N,): weight of each row, by default 1 / N. For a step split into parts, pass 1 / (rows of the whole
         step). temperature: divides both models' logits. beta: the jsd's mixture, 0 < beta < 1. top_k, top_k_of:
-        topk_reverse_kl looks at the top_k tokens of the "teacher" or the "student".
+        topk_reverse_kl keeps the top_k tokens of the "teacher" or the "student".
     targets (N,): the token that was sampled (or read); needed by sampled_kl and cross_entropy.
     stop_ids: ids that end a response and mean the same; merged into one outcome in both models (their probabilities
         add) before the divergence is taken, so that a student that stops with another id than the teacher is not

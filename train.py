@@ -363,7 +363,7 @@ def distill(config: Config, resume_from: Path | None) -> None:
 
         with together("learning", run, config):
             for tokens, mask, position in micro_batches:
-                # Places among all b * (T-1), and the tokens that are to follow there. A mask would make a GPU wait.
+                # Places among all b * (T-1), and the tokens that follow there. A mask would make a GPU wait.
                 at, targets = mask.flatten().nonzero()[:, 0].to(device), tokens[:, 1:][mask].to(device)  # (n,) each
                 tokens = tokens[:, :-1].to(device)  # (b, T-1)
 

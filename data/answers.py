@@ -197,7 +197,7 @@ def same(a: str, b: str) -> bool:
         return same(named_a[2] if named_a else a, named_b[2] if named_b else b)
     if y is not None and re.fullmatch(r"(?:[\d.+\-*/()|{}]|\\cdot|\\times|\\frac)+", a):  # 20-3 for 17
         return False
-    if re.search(r"[\dA-Z]_", a) or re.search(r"[\dA-Z]_", b):  # a base, which math-verify does not look at
+    if re.search(r"[\dA-Z]_", a) or re.search(r"[\dA-Z]_", b):  # a base, which math-verify ignores
         return False
     letters_a, letters_b = ({*re.sub(r"\\[a-zA-Z]+", "", s)} for s in (a, b))
     if letters_a != letters_b and {*map(str.lower, letters_a)} == {*map(str.lower, letters_b)}:  # N for n

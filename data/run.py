@@ -245,7 +245,7 @@ class Run:
             need = 12 * sum(p.numel() for p in self.student.parameters()) * (KEEP + 1 - len(checkpoints(self.out)))
             if (free := shutil.disk_usage(self.out).free) < need:
                 raise InputError(f"--out_dir {self.out}: checkpoints will take {need / 1e9:.1f} GB there and "
-                                 f"{free / 1e9:.1f} GB are free; make room or choose another")
+                                 f"{free / 1e9:.1f} GB are free; free some or choose another")
         gather(None)
 
     def interrupt(self, *_) -> None:
@@ -305,7 +305,7 @@ class Run:
                 raise InputError(
                     f"step {self.step} could not be saved in {self.out} ({error}): it takes {size / 1e9:.3g} GB, and "
                     f"{shutil.disk_usage(self.out).free / 1e9:.3g} GB are free. The last complete checkpoint is "
-                    f"{self.saved or 'none'}; make room and go on with --resume") from None
+                    f"{self.saved or 'none'}; free some and go on with --resume") from None
         gather(None)
         self.saved = final
         return final

@@ -53,7 +53,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_models_are_loaded(tmp
 
 def test_space_is_counted_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(data.run.shutil, "disk_usage", lambda _: type("usage", (), {"free": 5e6}))
-    with pytest.raises(InputError, match=r"checkpoints will take 0\.0 GB there and 0\.0 GB are free; make room"):
+    with pytest.raises(InputError, match=r"checkpoints will take 0\.0 GB there and 0\.0 GB are free; free some"):
         run(*TINY, *BLIND, "--out_dir", tmp_path / "out")
 
 
@@ -67,7 +67,7 @@ def test_a_save_that_fails_says_how_much_is_missing_and_keeps_the_last(tmp_path,
 
     monkeypatch.setattr(data.run, "save_file", full)
     with pytest.raises(InputError, match=r"step 2 could not be saved .*No space left.*it takes 0\.\d+ GB, and .* GB "
-                                         "are free. The last complete checkpoint is .*step_000001; make room and go"):
+                                         "are free. The last complete checkpoint is .*step_000001; free some and go"):
         run(*TINY, *BLIND, "--save_every", "1", "--out_dir", tmp_path)
     assert [f.name for f in tmp_path.iterdir() if "step" in f.name] == ["step_000001"]
 

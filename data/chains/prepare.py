@@ -19,7 +19,7 @@ then computes forwards, a line a step, and states the answer:
     Dan=Hal-8=17-8=9
     #### 9
 
-Two worse manners of answering exist, for the student to have read:
+Two worse ways of answering exist, for the student to have read:
     careless    the same plan with lines dropped now and then, and slips in the results, which all later lines inherit;
     sloppy      no plan: grabs the first number of the prompt, follows whatever uses it, and at the end forces the
                 question's own line onto the value in hand.
@@ -158,10 +158,10 @@ def make_rows(
             continue
         seen.add(prompt)
         answer = careful(problem, rng)[1]
-        manner = rng.choices(("careful", "careless", "sloppy"), mix)[0]
-        if manner == "careful":
+        way = rng.choices(("careful", "careless", "sloppy"), mix)[0]
+        if way == "careful":
             solution = careful(problem, rng)[0]
-        elif manner == "careless":
+        elif way == "careless":
             solution = careful(problem, rng, slip=0.15, drop=0.1)[0]
         else:
             solution = sloppy(problem, rng)[0]
@@ -235,17 +235,17 @@ def draw_curves(folders: list[Path]) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
     for name, stages, color in (("teacher", folders[:2], "#0072B2"), ("student", folders[2:], "#D55E00")):
-        loss, judged = [], []
+        loss, evaluations = [], []
         for folder in stages:
             records = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
             second_stage_from = len(loss)
             loss += [r["loss"] for r in records if "loss" in r]
-            judged = [r for r in records if "eval" in r]
+            evaluations = [r for r in records if "eval" in r]
         means = [sum(loss[i : i + 50]) / 50 for i in range(0, len(loss) - 49, 50)]
         left.plot([50 * i + 25 for i in range(len(means))], means, color=color, label=name)
-        for manner, style in (("greedy", "o-"), ("sampled", "s:")):
-            points = [(second_stage_from + r["step"], r["accuracy"]) for r in judged if r["manner"] == manner]
-            right.plot(*zip(*points), style, color=color, markersize=4, label=f"{name}, {manner}")
+        for kind, style in (("greedy", "o-"), ("sampled", "s:")):
+            points = [(second_stage_from + r["step"], r["accuracy"]) for r in evaluations if r.get("kind") == kind]
+            right.plot(*zip(*points), style, color=color, markersize=4, label=f"{name}, {kind}")
     left.axvline(second_stage_from, color="grey", linestyle="--", linewidth=1)
     left.text(second_stage_from + 60, 2.0, "first lesson ends", color="grey")
     left.set(title="Supervised training", xlabel="step", ylabel="cross-entropy, nats per token", yscale="log")

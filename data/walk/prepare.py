@@ -17,7 +17,7 @@ value reaches the limit:
 Here it took one line; a walk takes 4 to 24. Unlike a response of data/chains, which plans first and computes later, a
 walk does the same thing in its first line and in its last.
 
-Manners of answering:
+Ways of answering:
     careful     a line in fifty has a slip in the result, and is written once more at once, right;
     careless    a line in ten has a slip, which all later lines inherit;
     hasty       adds what should be taken away; and slips as well, a line in twenty at most.
@@ -80,7 +80,7 @@ def respond(
     problem: dict, rng: random.Random, slip: float = 0.0, mend: bool = True, subtract: bool = True
 ) -> tuple[str, int]:
     """A response and its answer. slip: probability a line of a wrong result (half of them a step with the wrong sign);
-    mend: whether a wrong line is written once more, right; subtract: False for the hasty manner."""
+    mend: whether a wrong line is written once more, right; subtract: False for the hasty way."""
     name, value = problem["start"]
     out: list[str] = []
     while value < problem["limit"] and len(out) < 3 * LONGEST:
@@ -105,7 +105,7 @@ def is_test(problem: dict) -> bool:
 
 def make_rows(count: int, seed: str, test: bool, mix: tuple[float, float, float], slip: float = 0.02) -> list[dict]:
     """`count` rows {"prompt", "answer", "solution"} of distinct prompts; `mix` = shares of careful, careless, hasty
-    text, `slip` the careful manner's."""
+    text, `slip` the careful way's."""
     rng = random.Random(f"walk {seed}")
     rows, seen = [], set()
     while len(rows) < count:
@@ -115,10 +115,10 @@ def make_rows(count: int, seed: str, test: bool, mix: tuple[float, float, float]
             continue
         seen.add(prompt)
         answer = respond(problem, rng)[1]
-        manner = rng.choices(("careful", "careless", "hasty"), mix)[0]
-        if manner == "careful":
+        way = rng.choices(("careful", "careless", "hasty"), mix)[0]
+        if way == "careful":
             solution = respond(problem, rng, slip)[0]
-        elif manner == "careless":
+        elif way == "careless":
             solution = respond(problem, rng, 0.1, mend=False)[0]
         else:
             solution = respond(problem, rng, 0.05, mend=False, subtract=False)[0]

@@ -350,6 +350,7 @@ def distill(config: Config, resume_from: Path | None) -> None:
         signal.signal(name, run.interrupt)  # ends the run after this step
     bar = tqdm(range(run.step, config.steps), initial=run.step, total=config.steps, desc="train", disable=rank() > 0)
     for step in bar:
+        peak_memory(device)  # forgets what an evaluation took
         start, prefix_len, parts = now(device), prefix_len_at(step, config, run.adaptive), []
 
         # 1. sample: responses to this rank's prompts of the batch; sampling stops after prefix_len tokens

@@ -311,8 +311,12 @@ def train(config: Config) -> None:
     if config.plan:
         plan(config)
         return
-    with claim(config):  # no other run may write to --out_dir meanwhile
-        distill(config, resume_from)
+    try:
+        with claim(config):  # no other run may write to --out_dir meanwhile
+            distill(config, resume_from)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def distill(config: Config, resume_from: Path | None) -> None:

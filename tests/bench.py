@@ -410,8 +410,8 @@ def bench_ranks(steps: str = "4") -> None:
         for n in (1, 2):
             subprocess.run(
                 [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), "train.py",
-                 "--device", "cpu", "--prefix_len", "256", "--batch_size", "64", "--steps", steps, "--eval_problems", "0", "--eval_kl", "0",
-                 "--out_dir", f"{folder}/{n}"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True,
+                 "--device", "cpu", "--prefix_len", "256", "--batch_size", "64", "--steps", steps, "--eval_problems", "0",
+                 "--eval_kl", "0", "--out_dir", f"{folder}/{n}"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True,
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )
             rates.append(max(r["tokens_per_s"] for r in read_log(Path(folder) / str(n) / "log.jsonl")))

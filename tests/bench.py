@@ -405,12 +405,13 @@ def step_on_card(tiny: bool) -> dict[str, float]:
 
 def bench_ranks(steps: str = "4") -> None:
     """Tokens per second of training on `search`, batch 64, of one rank and of two at one thread each; fastest step."""
-    rates, flags = [], f"--device cpu --prefix_len 256 --batch_size 64 --eval_problems 0 --eval_kl 0 --steps {steps}"
+    rates, env = [], os.environ | {"OMP_NUM_THREADS": "1"}
+    flags = f"--device cpu --prefix_len 256 --batch_size 64 --eval_problems 0 --eval_kl 0 --steps {steps}"
     with tempfile.TemporaryDirectory() as folder:
         for n in (1, 2):
             start = f"-m torch.distributed.run --standalone --nproc_per_node {n} train.py --out_dir {folder}/{n}"
-            subprocess.run([sys.executable, *start.split(), *flags.split()], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                           check=True, capture_output=True)
+            command = [sys.executable, *start.split(), *flags.split()]
+            subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
             rates.append(max(r["tokens_per_s"] for r in read_log(Path(folder) / str(n) / "log.jsonl")))
     print(f"tokens/s: 1 rank {rates[0]:,.0f}, 2 ranks {rates[1]:,.0f}, {rates[1] / rates[0]:.2f} times as many")
 

@@ -22,12 +22,9 @@ run adaptive --prefix_len 128 --prefix_start 4 --schedule adaptive
 
 python eval.py runs $to/prefix*_seed? --out $to/prefixes.png | tee $to/prefixes.txt
 python eval.py runs $to/{prefix1024,linear,staircase,adaptive}_seed? --out $to/schedules.png | tee $to/schedules.txt
-before_during_after=data/chains/student
-for run in prefix16_seed1 prefix1024_seed1; do
-    before_during_after+=,$to/$run/step_000015,$to/$run/step_000030
-done
-python eval.py positions --data chains --model $before_during_after --out $to/positions.png
-python eval.py teacher_prefix --data chains --out $to/teacher_prefix.png
+before_during_after=data/chains/student,$to/prefix16_seed1/step_000015,$to/prefix16_seed1/step_000030
+python eval.py positions --data chains --max_new_tokens 256 --model $before_during_after --out $to/positions.png
+python eval.py teacher_prefix --data chains --max_new_tokens 256 --out $to/teacher_prefix.png
 
 [ -d $to/other_stop ] || python data/chains/other_stop.py $to/other_stop --scale 0.4
 for class in off on; do  # the stop-token trap; without the class a step takes longer and longer, since nothing ends

@@ -1,10 +1,10 @@
 """What a model can do, and where two models differ: accuracy with its error bar, KL to the teacher, diagnostics.
 
     python eval.py --model data/chains/student --data chains
-    python eval.py --model out/step_000030 --temperature 1 --num_samples 4 --out four.json
+    python eval.py --model out/step_000020 --temperature 1 --num_samples 4 --out four.json
     python eval.py --compare before.json,after.json       # a paired test on the same problems
 
-    python eval.py positions --model data/chains/student,out/step_000030  # KL, entropies, agreement by position
+    python eval.py positions --model data/search/student,out/step_000020  # KL, entropies, agreement by position
     python eval.py teacher_prefix --lens 0,4,8,16,32,64                   # accuracy after k tokens of the other model
     python eval.py tokens --index 3 --out tokens.html                     # one response, coloured by KL
     python eval.py runs out_a out_b ...                                   # accuracy and KL against FLOP
@@ -530,7 +530,8 @@ def load_models(config: Config):
     config.teacher = config.teacher or embedded_model(config.data, "teacher", "teacher")
     folders, device = [checkpoint_folder(path) for path in paths], choose_device(config.device)
     prompted_as_trained(config, folders[-1])
-    tokenizer, _, vocab, stop_ids = load_tokenizers(config, folders[0], config.teacher)
+    for folder in reversed(folders):  # each must agree with the teacher on every id
+        tokenizer, _, vocab, stop_ids = load_tokenizers(config, folder, config.teacher)
     rows = load_jsonl(resolve(config.data, "test"), need=("prompt",))
     if config.index >= len(rows):
         raise InputError(f"--index {config.index}: the data has rows 0 to {len(rows) - 1}")

@@ -1,7 +1,7 @@
 """Sampling with a KV cache, by hand: the first half of an on-policy step, and a command line to talk to a checkpoint.
 
     python sample.py                                    # teacher and student answer a problem of the embedded test set
-    python sample.py --model out/step_000030 --index 7  # another checkpoint, another problem
+    python sample.py --model out/step_000020 --index 7  # another checkpoint, another problem
     python sample.py --data chains --prompt $'Zed=Ivy+5\nDan=Hal-8\nIvy=31\nHal=Eve+3\nEve=14\nDan?\n'
     python sample.py --model data/chains/teacher --prompt - < problem.txt
 

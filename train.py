@@ -137,7 +137,8 @@ def complete(c: Config) -> None:
         (0 < c.mix and round(c.mix * c.batch_size) == 0,
          f"--mix {c.mix} of --batch_size {c.batch_size} is less than one row: raise one of the two"),
         (c.batch_size < ranks, f"--batch_size {c.batch_size} is less than one row for each of {ranks} ranks"),
-        (ranks % c.shard, f"--shard {c.shard}: {ranks} ranks are no multiple of it; start as many with torchrun"),
+        (ranks % c.shard, f"--shard {c.shard} does not divide the number of ranks, {ranks}: " + (
+            "give --world" if c.plan else "start a multiple of it with torchrun")),
         (c.shard_teacher and (c.shard == 1 or c.mix or c.rollout == "teacher" or c.teacher_device),
          "--shard_teacher needs --shard, and excludes --mix, --rollout teacher and --teacher_device"),
     )
@@ -228,6 +229,7 @@ def encode_prompts(config: Config, rows: list[dict], pair: Pair) -> None:
         if not row["prompt_ids"]:
             raise InputError(f"--data {config.data}: a prompt is empty, and this tokenizer puts nothing before it")
     cap, longest = longest_response(config), max(len(row["prompt_ids"]) for row in rows)
+    cap = max(cap, config.max_new_tokens if config.eval_problems or config.eval_kl else 0)
     flag_name = "prefix_len" if cap == config.prefix_len else "max_new_tokens"
     for model in filter(None, (pair.student, pair.teacher)):
         if longest + cap > model.config.max_position_embeddings:
@@ -348,7 +350,8 @@ def distill(config: Config, resume_from: Path | None) -> None:
         print("\n".join(preflight(pair, prompts, config)))
     # Before the first step, or in a resumed run what an interruption left out. Random weights have nothing to measure.
     if test and not run.evaluated() and (due(run.step, config) if run.step else config.init == "pretrained"):
-        examine(pair, test, config, run)
+        with together("evaluation", run, config):
+            examine(pair, test, config, run)
 
     for name in (signal.SIGINT, signal.SIGTERM) if world() == 1 else (signal.SIGINT,):
         signal.signal(name, run.interrupt)  # ends the run after this step
@@ -418,14 +421,16 @@ def distill(config: Config, resume_from: Path | None) -> None:
         if run.interrupted or run.step == config.steps or (config.save_every and run.step % config.save_every == 0):
             run.save()
         if test and due(run.step, config) and not run.interrupted:
-            examine(pair, test, config, run)
+            with together("evaluation", run, config):
+                examine(pair, test, config, run)
         if run.interrupted:
             break
     bar.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if test and not run.interrupted and not run.evaluated():
-        examine(pair, test, config, run)
+        with together("evaluation", run, config):
+            examine(pair, test, config, run)
     run.summarize(whole_flops(run, pair, rows, config) if test else None)
 
 
@@ -507,14 +512,15 @@ def together(stage: str, run: Run, config: Config):
     if run.step and not alone and not (out_of_memory and stage == "the optimizer's step"):
         run.save()
     again = "Start again (--overwrite)" if run.saved is None else "Start another run from there (--student)"
-    mend = "with a lower --batch_size or --prefix_len"
+    mend = "with a lower --eval_batch_size" if stage == "evaluation" else "with a lower --batch_size or --prefix_len"
     if not out_of_memory:
         mend = "with a lower --lr, or with --dtype float32"
-    elif stage != "sampling":
+    elif stage not in ("sampling", "evaluation"):
         again = again if run.saved is None else "Go on (--resume)"
         mend = f"with a lower --micro_tokens (it was {config.micro_tokens}), or with --recompute"
     kept = f"the last state saved is {run.saved}" if run.saved else "nothing was saved"
-    raise InputError(f"step {run.step + 1}: {what}; {kept}. {again} {mend}")
+    step = run.step + (stage != "evaluation")
+    raise InputError(f"step {step}: {what}; {kept}. {again} {mend}")
 
 
 # --- what a step costs
@@ -560,7 +566,7 @@ def plan(config: Config) -> dict[str, float]:
     what Python, torch and the prompts take.
     """
     prompt, whole, length = 64, config.max_new_tokens, longest_response(config)
-    on_gpu = choose_device(config.device).type == "cuda"
+    on_gpu = (config.device or choose_device("").type).startswith("cuda")  # which need not be here
     size = 2 if (config.dtype or ("bfloat16" if on_gpu else "float32")) == "bfloat16" else 4
     s, t = (load_config(checkpoint_folder(name, ("config.json",))) if name else None
             for name in (config.student, config.teacher))

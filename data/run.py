@@ -30,6 +30,7 @@ except ImportError:  # Windows: no lock there
 
 TOTALS = ("tokens_sampled", "tokens_trained", "flop", "seconds")  # counters of a run
 KEEP = 2  # checkpoints of a run that stay
+LOCK = ".train.lock"
 # Flags that may change between a run and its resumption. Those of the second line change the last bits at most.
 MAY_CHANGE = {"steps", "eval_every", "save_every", "resume", "overwrite", "out_dir", "plan", "world",
               "device", "teacher_device", "micro_tokens", "recompute", "compile", "shard", "shard_teacher"}
@@ -99,7 +100,7 @@ def claim(config):
         gather(None)  # all ranks have seen the folder as it was
         if rank() == 0:
             out.mkdir(parents=True, exist_ok=True)
-            lock = open(out / ".lock", "a+")  # noqa: SIM115
+            lock = open(out / LOCK, "a+")  # noqa: SIM115
     except OSError as error:
         raise InputError(f"--out_dir {out}: cannot be written to ({error.strerror}); choose another") from None
     if rank():
@@ -119,7 +120,7 @@ def claim(config):
         try:
             yield
         finally:
-            if [f.name for f in out.iterdir()] == [".lock"]:  # nothing came of it
+            if [f.name for f in out.iterdir()] == [LOCK]:  # nothing came of it
                 shutil.rmtree(out)
 
 
@@ -133,7 +134,7 @@ def protect(config, out: Path) -> None:
         used = Path(os.path.realpath(getattr(config, name) or "-"))
         if used == here or here in used.parents or used in here.parents:
             raise InputError(f"--out_dir {out} is, holds or lies in --{name} {getattr(config, name)}: choose another")
-    if ours and not config.overwrite:
+    if any(f.name != "config.json" for f in ours) and not config.overwrite:  # else nothing came of the run before
         go_on = "continue it with --resume, " if checkpoints(out) else ""
         raise InputError(f"--out_dir {out} already holds a run; {go_on}discard it with --overwrite")
 
@@ -145,9 +146,9 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def files_of_run(out: Path) -> list[Path]:
-    """What --overwrite deletes. A folder without our log or a complete checkpoint is no run's, whatever it holds."""
+    """What --overwrite deletes. A folder without our log, our lock or a complete checkpoint is no run's."""
     found = checkpoints(out) + [f for f in (out / "log.jsonl",) if f.is_file()]
-    return found + [f for f in (out / "config.json",) if found and f.is_file()]
+    return found + [f for f in (out / "config.json",) if (found or (out / LOCK).is_file()) and f.is_file()]
 
 
 def remove(path: Path) -> None:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import data.run
 import train
@@ -115,7 +116,7 @@ def test_what_a_kill_leaves_is_cleared(tmp_path):
     run(*TINY, *BLIND, "--out_dir", tmp_path)
     write(tmp_path / ".step_000002.incomplete/model.safetensors")
     run("--resume", "--out_dir", tmp_path)
-    assert sorted(f.name for f in tmp_path.iterdir()) == [".lock", "config.json", "log.jsonl", "step_000003"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == [".train.lock", "config.json", "log.jsonl", "step_000003"]
 
 
 def test_files_get_the_umasks_mode(tmp_path):
@@ -161,3 +162,16 @@ def test_a_log_of_anything_does_not_stop_a_resumption(tmp_path):
         (tmp_path / "log.jsonl").write_bytes(junk)
         subprocess.run(["rm", "-r", tmp_path / "step_000003"], check=True)
         run("--resume", "--out_dir", tmp_path)
+
+
+def test_a_run_that_ended_in_its_first_evaluation_is_simply_started_again(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as m, pytest.raises(InputError, match="step 0: out of memory in evaluation; nothing was "
+                                                   "saved. Start again .--overwrite. with a lower --eval_batch_size"):
+        m.setattr(train, "examine", full)
+        run(*TINY, "--out_dir", tmp_path)
+    assert sorted(f.name for f in tmp_path.iterdir()) == [".train.lock", "config.json"]
+    run(*TINY, *BLIND, "--out_dir", tmp_path)
+    assert checkpoints(tmp_path)

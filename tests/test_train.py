@@ -290,7 +290,7 @@ def test_the_plan_of_several_devices(capsys):
     assert many["gradients"] == pytest.approx(one["gradients"] / 4, abs=1e-3)
     assert many["student: copy that samples"] == one["student: copy that samples"]
     assert many["in all, while learning"] < one["in all, while learning"]
-    with pytest.raises(InputError, match="--shard 3: 8 ranks are no multiple of it"):
+    with pytest.raises(InputError, match="--shard 3 does not divide the number of ranks, 8: give --world"):
         plan("--shard", "3", "--world", "8")
     with pytest.raises(InputError, match="less than one row for each of 8 ranks"):
         plan("--world", "8", "--batch_size", "7")

@@ -5,6 +5,7 @@ What is in « » is computed: a, b and c are different numbers of two digits, a 
 to 9, d < e; m and n different numbers of three digits; A and B letters of options, V and W words, U a unit.
 """
 
+import math
 import random
 import re
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ decimals
 fractions
 = -\frac{«d»}{11}
 + -\dfrac{«d»}{11} | -\frac «d»{11} | -«d»/11 | - «d» / 11 | \frac{-«d»}{11} | -\tfrac{«2*d»}{22} | -(«d»/11)
-- -\frac{«d»}{12} | -«d»11 | \frac{«d»}{11} | -«d»«d»/11 | -\frac{«d+1»}{11} | «round(-d/11, 3)» | -\frac{11}{«d»}
+- -\frac{«d»}{12} | -«d»11 | \frac{«d»}{11} | -«d»«d»/11 | -\frac{«d+1»}{11} | «-d/11» | -\frac{11}{«d»}
 fractions of digits
 = \frac{«d»}{«e»}
 + \frac«d»«e» | \frac«d»{«e»} | \frac{«d»}«e» | \frac «d» «e» | «d»/«e» | \tfrac«d»«e»
@@ -101,11 +102,11 @@ products
 radicals
 = «d»\sqrt{7}
 + «d»\sqrt7 | \sqrt{«7*d*d»} | «d»√7 | «d» \sqrt {7} | «d»\cdot\sqrt{7} | «d»sqrt(7) | \sqrt{7}\cdot«d»
-- «e»\sqrt{7} | «d»\sqrt{11} | \sqrt{7} | -«d»\sqrt{7} | «round(d*7**.5, 6)» | «d»7 | «d»\sqrt[3]{7}
+- «e»\sqrt{7} | «d»\sqrt{11} | \sqrt{7} | -«d»\sqrt{7} | «d√7» | «d»7 | «d»\sqrt[3]{7}
 multiples of pi
 = \frac{«d»\pi}{11}
 + \frac{«d»}{11}\pi | «d»\pi/11 | «d»π/11 | \dfrac{«d» \pi}{11} | «d»pi/11
-- \frac{«d»}{11} | «d»\pi | \frac{«e»\pi}{11} | «round(d*3.141592653589793/11, 6)» | -\frac{«d»\pi}{11}
+- \frac{«d»}{11} | «d»\pi | \frac{«e»\pi}{11} | «dπ/11» | -\frac{«d»\pi}{11}
 infinity
 = -\infty
 + -∞ | −∞ | $-\infty$
@@ -113,7 +114,7 @@ infinity
 roots and pi alone
 = \sqrt{«d»}\pi
 + √«d»π | \sqrt«d» \pi | \pi\sqrt{«d»}
-- \pi | √«e»π | «round(d**.5*3.141592653589793, 5)»
+- \pi | √«e»π | «π√d»
 the empty set
 = \emptyset
 + \varnothing | ∅
@@ -224,8 +225,8 @@ scientific
 - «d».«e» | «d».«e»\times 10^{«f+1»} | «d».«e»\times 10^{-«f»} | «d».«e»10^«f» | «d».«e»e-«f» | 10^«f»
 unicode
 = -«m»
-+ －«m» | \u00a0-«m»\u00a0 | −\u2009«m» | -«''.join(chr(65296 + int(c)) for c in str(m))»
-- «m» | ‐«n» | «''.join(chr(65296 + int(c)) for c in str(m))»
++ －«m» | \u00a0-«m»\u00a0 | −\u2009«m» | -«fullwidth m»
+- «m» | ‐«n» | «fullwidth m»
 left to compute
 = «a*b»
 + «a*b»
@@ -239,9 +240,33 @@ UNITS = ["cm", "km", "feet", "dollars", "miles per hour", "square inches", "appl
 WORDS = ["Evelyn", "even", "odd", "Monday", "two lines", "east", "ellipse", "neither", "Saturday", "yes"]
 
 
-def filled(line: str, given: dict) -> list[str]:
-    """The answers of a line, what is in « » computed."""
-    line = re.sub("«(.*?)»", lambda found: str(eval(found[1], dict(given))), line[2:])
+def values(r: random.Random) -> dict[str, object]:
+    """What stands for each expression between « »."""
+    (a, b), (d, e), c, f = sorted(r.sample(range(10, 50), 2)), sorted(r.sample(range(2, 10), 2)), 0, 0
+    while c in (0, a, b):
+        c = r.randrange(10, 50)
+    while f in (0, d, e):
+        f = r.randrange(2, 10)
+    m, n = r.sample(range(100, 999), 2)
+    A, B = r.sample("ABCDEFGHIJ", 2)
+    V, W = r.sample(WORDS, 2)
+    return {
+        "a": a, "b": b, "c": c, "d": d, "e": e, "f": f, "m": m, "n": n, "A": A, "B": B, "V": V, "W": W,
+        "U": r.choice(UNITS), "A.lower()": A.lower(), "V.lower()": V.lower(), "V.upper()": V.upper(), "V[:-1]": V[:-1],
+        "-a": -a, "-b": -b, "1-a": 1 - a, "-a-1": -a - 1, "a+1": a + 1, "a-1": a - 1, "b+1": b + 1, "c+1": c + 1,
+        "d+1": d + 1, "e+1": e + 1, "f+1": f + 1, "m+1": m + 1, "n+1": n + 1, "d+20": d + 20,
+        "a*b": a * b, "-a*b": -a * b, "a*b+c": a * b + c, "a*e+d": a * e + d, "10*a+d": 10 * a + d, "d*f": d * f,
+        "e*f": e * f, "2*a": 2 * a, "2*a+1": 2 * a + 1, "3*a-2": 3 * a - 2, "12*a": 12 * a, "2*d": 2 * d, "2*e": 2 * e,
+        "7*d*d": 7 * d * d, "3**a-2": 3**a - 2, "3**a-3": 3**a - 3, "m%50+9": m % 50 + 9, "m%50+10": m % 50 + 10,
+        "2*(m%50+10)": 2 * (m % 50 + 10), "(10*d+e)*10**(f-1)": (10 * d + e) * 10 ** (f - 1),
+        "-d/11": round(-d / 11, 3), "d√7": round(d * 7**0.5, 6), "π√d": round(d**0.5 * math.pi, 5),
+        "dπ/11": round(d * math.pi / 11, 6), "fullwidth m": "".join(chr(65296 + int(digit)) for digit in str(m)),
+    }
+
+
+def filled(line: str, given: dict[str, object]) -> list[str]:
+    """The answers of a line, what is in « » taken from the values given."""
+    line = re.sub("«(.*?)»", lambda found: str(given[found[1]]), line[2:])
     return line.replace("\\u00a0", "\u00a0").replace("\\u2009", "\u2009").split(" | ")
 
 
@@ -251,10 +276,6 @@ def pairs(seed: int, n: int) -> Iterator[tuple[str, str, str, bool]]:
     lines = FAMILIES.strip().split("\n")
     for family, reference, right, wrong in zip(*(lines[i::4] for i in range(4))):
         for _ in range(n):
-            (a, b, c), (d, e, f) = r.sample(range(10, 50), 3), r.sample(range(2, 10), 3)
-            given = {"a": min(a, b), "b": max(a, b), "c": c, "d": min(d, e), "e": max(d, e), "f": f,
-                     "U": r.choice(UNITS)}
-            for names, values in (("mn", range(100, 999)), ("AB", "ABCDEFGHIJ"), ("VW", WORDS)):
-                given |= zip(names, r.sample(values, 2))
+            given = values(r)
             for verdict, line in ((True, right), (False, wrong)):
                 yield from ((family, answer, filled(reference, given)[0], verdict) for answer in filled(line, given))

@@ -202,7 +202,7 @@ class Gpu(TorchDispatchMode):
         if func._schema.name.endswith("_") or "out" in kwargs:  # in place: what was given comes back
             out = kwargs.get("out", args[0])
             if isinstance(out, CudaTensor) and out.shape != out.inner.shape:
-                raise NotImplementedError(f"{func} changed a shape in place")
+                raise RuntimeError(f"{func}: the simulated device cannot change a shape in place")
             return out
         return each(lambda x: inner.get(id(x)) or self.wrap(x) if isinstance(x, Tensor) else x, out)
 

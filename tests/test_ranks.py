@@ -10,6 +10,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,14 +139,12 @@ def test_a_run_resumes_in_another_layout(tmp_path, before, after):
     assert counts(tmp_path / "cut") == counts(tmp_path / "one")
 
 
-@pytest.mark.parametrize("shards", [1, 2])
-@pytest.mark.parametrize("trouble", ["sampling", "learning", "not finite", "interrupt"])
+@pytest.mark.parametrize("shards, trouble", [
+    (1, "sampling"), (1, "learning"), (1, "not finite"), (1, "interrupt"), (2, "sampling"), (2, "not finite"),
+    (2, "interrupt"),
+])
 def test_trouble_on_one_rank_ends_all_and_saves(tmp_path, shards, trouble):
-    """One message on every rank and the state before the step; but where a sharded model is in the middle of a step,
-    its rank ends at once."""
-    if (shards, trouble) == (2, "learning"):
-        pytest.skip("its rank ends at once, torchrun ends the others, and the last checkpoint counts")
-
+    """One message on every rank, and the state before the step is saved."""
     def work():
         respond, loss, made = train.respond, train.distill_loss, [0]
 
@@ -179,6 +178,15 @@ def test_trouble_on_one_rank_ends_all_and_saves(tmp_path, shards, trouble):
                 "learning": "out of memory in learning.* Go on .--resume. with a lower --micro_tokens",
                 "not finite": "the loss is not finite at response positions .0.*step_000001"}
     assert trouble == "interrupt" or re.search(f"step 2: {expected[trouble]}", said[0])
+
+
+def test_a_sharded_rank_without_memory_in_the_middle_of_a_step_ends_at_once(monkeypatch):
+    """The others wait inside its forward: it may neither ask them nor save with them; the last checkpoint counts."""
+    monkeypatch.setattr(train, "gather", lambda _: pytest.fail("asked the others"))
+    run = SimpleNamespace(step=3, saved="out/step_000002", save=lambda: pytest.fail("saved with the others"))
+    expected = "step 4: out of memory in learning; the last state saved is out/step_000002"
+    with pytest.raises(InputError, match=expected), train.together("learning", run, Config(shard=2)):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_a_number_of_a_sharded_gradient_is_one_ranks_part_until_it_is_full():

@@ -110,7 +110,7 @@ def test_sources_that_cannot_be_are_refused(tmp_path, monkeypatch):
         resolve("aime24", "train")
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real files are not there")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="public data sets are not committed, only their recipes")
 def test_real_files_give_the_expected_counts(tmp_path, capsys):
     sets = {"gsm8k": {"train": "gsm8k/train", "test": "gsm8k/test"},
             "math": {"train": "math/train", "test": "math500/test"},

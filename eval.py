@@ -120,12 +120,6 @@ def bootstrap(values: list[float], seed: int = 0, resamples: int = 2000) -> tupl
     return low, high
 
 
-def pass_at(k: int, n: int, right: int) -> float:
-    """The chance that k of n samples, picked without replacement, hold a right one: unbiased for pass@k (Chen et al.
-    2021, arXiv 2107.03374, equation 1)."""
-    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
-
-
 def seeds_of(seed: int, problems: int, num_samples: int = 1) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2**63 - 1, (problems, num_samples), generator=generator).tolist()
@@ -191,18 +185,16 @@ def evaluate(
 
 def summarize(records: list[dict], num_samples: int) -> dict[str, float]:
     """Of records in the order of problems, `num_samples` for each: accuracy (the mean over problems of the share of
-    right samples, avg@k) with low and high (95% over problems: Wilson's for one sample, else by bootstrap), pass@k for
-    k = 1, 2, 4, ... (unbiased), finish (share of responses ended by themselves), accuracy_given_finish (None if none
-    ended), no_answer, capped, mean_len, rms_len, median_len, len_95 (tokens)."""
+    right samples, avg@k) with low and high (95% over problems: Wilson's for one sample, else by bootstrap), finish
+    (share of responses ended by themselves), accuracy_given_finish (None if none ended), no_answer, capped, mean_len,
+    rms_len, median_len, len_95 (tokens)."""
     n, ended = len(records), [r for r in records if r["finished"]]
     right = [sum(r["correct"] for r in records[i : i + num_samples]) for i in range(0, n, num_samples)]
     shares = [r / num_samples for r in right]
     low, high = wilson(sum(right), n) if num_samples == 1 else bootstrap(shares)
     lens = torch.tensor([float(r["tokens"]) for r in records])
-    ks = [2**j for j in range(num_samples.bit_length()) if num_samples > 1]
     return {
         "accuracy": sum(right) / n, "low": low, "high": high,
-        **{f"pass@{k}": sum(pass_at(k, num_samples, r) for r in right) / len(right) for k in ks},
         "finish": len(ended) / n,
         "accuracy_given_finish": sum(r["correct"] for r in ended) / len(ended) if ended else None,
         "no_answer": sum(r["extracted"] is None for r in records) / n, "capped": 1 - len(ended) / n,
@@ -421,8 +413,6 @@ class Config:
     batch_size: int = flag(256, "responses sampled together; lower it if memory runs out", least=1)
     micro_tokens: int = flag(8192, "diagnostics: tokens scored together, padding included; lower it if memory runs out",
                              least=1)
-    responses: str = flag("student", "positions: whose responses the two are compared on",
-                          choices=("student", "teacher"))
     lens: str = flag("0,1,2,4,8,16,32,64,128", "teacher_prefix: how many tokens the other model writes first")
     index: int = flag(0, "tokens: which problem", least=0)
     seed: int = flag(1337, "seed of the sampling", least=0)
@@ -469,8 +459,7 @@ def main(config: Config) -> None:
           f"{path} on {config.data}: {len(rows)} problems, {config.num_samples} samples each, temperature "
           f"{config.temperature}, seed {config.seed}; {found['seconds']:.1f} s\n"
           f"accuracy {found['accuracy']:.3f} (95%: {found['low']:.3f} to {found['high']:.3f})"
-          + "".join(f", {k} {v:.3f}" for k, v in found.items() if k.startswith("pass@"))
-          + f"\nP(finish) {found['finish']:.3f}, accuracy if finished {found['accuracy_given_finish'] or 0:.3f}, "
+          f"\nP(finish) {found['finish']:.3f}, accuracy if finished {found['accuracy_given_finish'] or 0:.3f}, "
           f"without an answer {found['no_answer']:.3f}\n"
           f"length: mean {found['mean_len']:.1f}, median {found['median_len']:.0f}, "
           f"95% below {found['len_95']:.0f} tokens; cut at {config.max_new_tokens}: {found['capped']:.3f}")
@@ -552,11 +541,10 @@ def positions(config: Config) -> dict:
     """KL, both entropies and top-1 agreement by response position, with 95% bands of the mean (tokens taken as
     independent), by thirds of an octave; positions with fewer than 10 tokens are omitted."""
     students, teacher, _, stop_ids, rows = load_models(config)
-    prompts, curves, rollout = [row["prompt_ids"] for row in rows[: config.num_problems or 200]], {}, None
+    prompts, curves = [row["prompt_ids"] for row in rows[: config.num_problems or 200]], {}
     edges = torch.tensor(sorted({round(2 ** (i / 3)) for i in range(3 * 20)}))
     for name, student in students.items():
-        if config.responses == "student" or rollout is None:
-            rollout = sample_responses(student if config.responses == "student" else teacher, prompts, config, stop_ids)
+        rollout = sample_responses(student, prompts, config, stop_ids)
         stats = score(rollout, student, teacher, stop_ids=stop_ids if config.stop_class else (),
                       micro_tokens=config.micro_tokens)
         at = stats["position"].long()

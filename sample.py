@@ -345,7 +345,6 @@ def generate(
     seeds: list[int] | None = None,
     slots: int | None = None,
     progress: bool = False,
-    stream: Callable[[int, int], None] | None = None,
 ) -> Rollout:
     """Sample a response to every prompt, at most `max_new_tokens` long; a row ends early when it samples one of
     `stop_ids`. No token beyond the cap is ever computed.
@@ -354,7 +353,6 @@ def generate(
         training assumes plain sampling.
     seeds: one a row, by default 0, 1, 2, ... A row's randomness depends on its seed and the position alone.
     slots: rows decoded at once; by default all, but at most 256, since from there on twice the rows take twice as long.
-    stream(row, id) is called with every token when it is sampled.
     Raises ValueError on an empty prompt, max_new_tokens < 1, or a wrong number of seeds, and InputError where prompt
     and response exceed the model's positions.
     """
@@ -373,7 +371,7 @@ def generate(
     slots = min(slots or 256, len(prompts))
     cache, stops = decoder.cache_for(slots, longest + cap), torch.tensor(stop_ids, dtype=torch.long, device=device)
     # Finding out which rows have ended waits for a GPU, so it is done now and then; ended rows compute on, ignored.
-    check_every = 1 if device.type == "cpu" or stream is not None else 16
+    check_every = 1 if device.type == "cpu" else 16
 
     # The state of the slots. The column `cap` of ids and noise is for slots whose row has ended.
     token, prompt_len, count = torch.zeros(3, slots, dtype=torch.long, device=device)  # count: of tokens sampled before
@@ -411,8 +409,6 @@ def generate(
         count += active
         active &= ~torch.isin(token, stops) & (count < cap)
         step += 1
-        for s in busy if stream is not None else ():
-            stream(busy[s][0], int(token[s]))
 
         # Check which rows have ended: now and then, and always when one reaches the cap.
         if step % check_every == 0 or step - min(start for _, start in busy.values()) == cap:
@@ -497,38 +493,20 @@ def main(config: Config) -> None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         decoder = Decoder.from_pretrained(folder, device, dtype, tokenizer.vocab_size)
         stop_ids = (*tokenizer.stop_ids, *tokenizer.stop_ids_of(config.stop_tokens))
-        alone, live, start = config.num_samples == 1, Live(tokenizer, stop_ids, config.lines), time.perf_counter()
-        if alone:
-            print(f"\n--- {path}")
+        start = time.perf_counter()
         rollout = generate(
             decoder, [ids] * config.num_samples, config.max_new_tokens, stop_ids, config.temperature,
             config.top_k or None, config.top_p, seeds=[config.seed + i for i in range(config.num_samples)],
-            progress=not alone, stream=live if alone else None,
+            progress=True,
         )
         seconds = time.perf_counter() - start
         for i in range(config.num_samples):
-            if not alone:
-                print(f"\n--- {path}, sample {i}")
-            print(shorten(tokenizer.decode(rollout.text_ids(i)), config.lines)[len(live.printed) :])
+            print(f"\n--- {path}" + f", sample {i}" * (config.num_samples > 1))
+            print(shorten(tokenizer.decode(rollout.text_ids(i)), config.lines))
             how = "stopped by itself" if rollout.finished[i] else "cut at the cap"
             print(f"[{int(rollout.lens[i])} tokens, {how}]")
         total = int(rollout.lens.sum())
         print(f"[{rollout.prefilled} prompt, {total} response tokens; {seconds:.2f} s, {total / seconds:,.0f} tok/s]")
-
-
-class Live:
-    """Prints a response while it is sampled: of a long one the lines that `shorten` keeps of its beginning."""
-
-    def __init__(self, tokenizer: Tokenizer, stop_ids: tuple[int, ...], lines: int):
-        self.tokenizer, self.stop_ids, self.ids, self.printed = tokenizer, stop_ids, [], ""
-        self.lines = lines - lines // 4 if lines else sys.maxsize
-
-    def __call__(self, _, token: int) -> None:
-        self.ids += [token] * (token not in self.stop_ids)
-        text = "\n".join(self.tokenizer.decode(self.ids).split("\n")[: self.lines])
-        if not text.endswith("\ufffd"):  # half a character waits for its other half
-            print(text[len(self.printed) :], end="", flush=True)
-            self.printed = text
 
 
 def shorten(text: str, lines: int) -> str:

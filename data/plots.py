@@ -91,7 +91,7 @@ def draw_positions(config: dict, curves: dict):
         if keys != ["agree"]:
             log_scale(panel)
     name_lines(figure, grid, list(curves))
-    figure.suptitle(f"Student against teacher along the {config['responses']}'s responses ({config['data']}); "
+    figure.suptitle(f"Student against teacher along its responses ({config['data']}); "
                     "bands: 95% of the mean", fontsize=11)
     return figure
 

@@ -61,17 +61,6 @@ def test_positions_are_the_definition_by_thirds_of_an_octave(tmp_path):
     assert json.loads((tmp_path / "p.json").read_text()) == found and (tmp_path / "p.png").stat().st_size > 10_000
 
 
-def test_positions_on_the_teachers_responses_say_how_the_student_finds_them(capsys):
-    c = config("--num_problems", "4", "--responses", "teacher", "--model", f"{STUDENT},{TEACHER}")
-    evaluation.positions(c)
-    first, second = (line for line in capsys.readouterr().out.splitlines() if "perplexity" in line)
-    rollout = sample(c, -1)
-    logprobs = [x for i, p in enumerate(read(STUDENT, rollout))
-                for x in p.gather(1, torch.tensor(rollout.response(i))[:, None])[:, 0].tolist()]
-    assert float(first.split()[-1]) == pytest.approx(math.exp(-sum(logprobs) / len(logprobs)), abs=1e-3)
-    assert "KL 0.0000" in second or "KL -0.0000" in second  # the teacher against itself
-
-
 def test_teacher_prefix_gives_what_it_says(tmp_path, capsys):
     found = evaluation.teacher_prefix(config("--lens", "0,4,60", "--num_problems", "20"))
     ours = found["curves"][f"{STUDENT} after k tokens of the teacher's"]

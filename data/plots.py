@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from data import InputError, read_json
-from data.run import read_log
+from data.run import MAY_CHANGE, read_log
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#999999")  # Okabe and Ito's
 
@@ -112,7 +112,7 @@ def draw_teacher_prefix(config: dict, curves: dict):
 
 METRICS = {"sampled_accuracy": "accuracy, sampled", "greedy_accuracy": "accuracy, greedy",
            "kl": "held-out KL, nats a token"}
-NOT_COMPARED = {"seed", "out_dir", "save_every", "eval_every", "keep", "resume", "overwrite", "micro_tokens", "plan"}
+NOT_COMPARED = MAY_CHANGE - {"steps"} | {"seed"}
 
 
 def read_run(folder: Path) -> dict:

@@ -87,8 +87,8 @@ class Config:
                             choices=("constant", "cosine"))
     warmup: int = flag(2, "steps of linear warm-up", least=0)
 
-    eval_every: int = flag(0, "evaluate every this many steps, besides before and after; 0 is off",
-                           group="evaluation", least=0)
+    eval_every: int = flag(0, "evaluate every this many steps, besides before and after; 0 is off, -1 leaves out before",
+                           group="evaluation", least=-1)
     eval_problems: int = flag(100, "held-out problems to answer; 0 measures no accuracy", least=0)
     eval_kl: int = flag(32, "held-out prompts to measure the reverse KL on, over whole responses; 0 is off",
                         least=0)
@@ -207,7 +207,7 @@ def read_prompts(config: Config) -> tuple[list[dict], list[dict]]:
     if not (config.eval_problems or config.eval_kl):
         return rows, []
     if not (config.eval_data or own):
-        if config.eval_every:
+        if config.eval_every > 0:
             raise InputError(f"--eval_every {config.eval_every}: --data {config.data} has no held-out problems; give "
                              "some with --eval_data")
         print("no held-out problems (--eval_data): only the training loss will be known")
@@ -303,7 +303,7 @@ def learning_rate(step: int, config: Config) -> float:
 
 def due(step: int, config: Config) -> bool:
     """Whether an evaluation is due during a run; the one at its end comes in any case."""
-    return bool(config.eval_every) and step % config.eval_every == 0 and step < config.steps
+    return config.eval_every > 0 and step % config.eval_every == 0 and step < config.steps
 
 
 def train(config: Config) -> None:
@@ -349,7 +349,8 @@ def distill(config: Config, resume_from: Path | None) -> None:
         prompts = [row["prompt"] for row in batch_of(rows, 0, config)[:16]]
         print("\n".join(preflight(pair, prompts, config)))
     # Before the first step, or in a resumed run what an interruption left out. Random weights have nothing to measure.
-    if test and not run.evaluated() and (due(run.step, config) if run.step else config.init == "pretrained"):
+    first = config.init == "pretrained" and config.eval_every >= 0
+    if test and not run.evaluated() and (due(run.step, config) if run.step else first):
         with together("evaluation", run, config):
             examine(pair, test, config, run)
 

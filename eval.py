@@ -2,10 +2,9 @@
 
     python eval.py --model data/chains/student --data chains
     python eval.py --model out/step_000020 --temperature 1 --num_samples 4 --out four.json
-    python eval.py --compare before.json,after.json       # a paired test on the same problems
 
     python eval.py positions --model data/search/student,out/step_000020  # KL, entropies, agreement by position
-    python eval.py teacher_prefix --lens 0,4,8,16,32,64                   # accuracy after k tokens of the other model
+    python eval.py teacher_prefix --lens 0,4,8,16,32,64                   # accuracy after k tokens of the teacher's
     python eval.py tokens --index 3 --out tokens.html                     # one response, coloured by KL
     python eval.py runs out_a out_b ...                                   # accuracy and KL against FLOP
 
@@ -203,31 +202,6 @@ def summarize(records: list[dict], num_samples: int) -> dict[str, float]:
     }
 
 
-def compare(a: dict, b: dict) -> dict[str, float]:
-    """A paired test of two results on the same problems: each one's accuracy, the mean difference per problem with its
-    bootstrap interval, and p: how often flipping the signs of the differences at random makes it as large."""
-    shares = []
-    for result in (a, b):
-        by_problem: dict[tuple, list] = {}
-        if not isinstance(result.get("responses"), list) or not all(
-            is_response(r, ("problem", "prompt", "correct")) for r in result["responses"]
-        ):
-            raise InputError("--compare: expected two files that --out has written")
-        for r in result["responses"]:
-            by_problem.setdefault((r["problem"], r["prompt"]), []).append(float(r["correct"]))
-        shares.append({key: sum(v) / len(v) for key, v in by_problem.items()})
-    common = sorted(shares[0].keys() & shares[1].keys())
-    if not common:
-        raise InputError("--compare: the two results have no problem in common")
-    d = torch.tensor([shares[1][key] - shares[0][key] for key in common], dtype=torch.double)
-    low, high = bootstrap(d.tolist())
-    signs = torch.randint(2, (10_000, len(d)), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
-    as_large = ((signs * d).mean(1).abs() >= d.mean().abs() - 1e-12).sum().item()
-    first, second = (sum(s[key] for key in common) / len(common) for s in shares)
-    return {"problems": len(common), "first": first, "second": second, "difference": d.mean().item(), "low": low,
-            "high": high, "p": (as_large + 1) / (len(signs) + 1)}
-
-
 def by_position(values: Tensor, position: Tensor) -> dict[str, float]:
     """Mean over the positions 0, 1, 2-3, 4-7, 8-15, ... of the response."""
     bucket = torch.log2(position.double().clamp(min=0.5)).floor().long() + 1  # 0 -> 0, 1 -> 1, 2-3 -> 2, ...
@@ -413,12 +387,11 @@ class Config:
     batch_size: int = flag(256, "responses sampled together; lower it if memory runs out", least=1)
     micro_tokens: int = flag(8192, "diagnostics: tokens scored together, padding included; lower it if memory runs out",
                              least=1)
-    lens: str = flag("0,1,2,4,8,16,32,64,128", "teacher_prefix: how many tokens the other model writes first")
+    lens: str = flag("0,1,2,4,8,16,32,64,128", "teacher_prefix: how many tokens the teacher writes first")
     index: int = flag(0, "tokens: which problem", least=0)
     seed: int = flag(1337, "seed of the sampling", least=0)
     out: str = flag("", "accuracy: a .json file to write; responses go to a .jsonl beside it as they come, and an "
                     "interrupted evaluation goes on from there. Diagnostics: the picture, numbers in a .json beside it")
-    compare: str = flag("", "instead: two .json files that --out wrote, with a comma between them, for a paired test")
     device: str = flag("", "cpu, cuda, ...; empty chooses")
 
 
@@ -426,14 +399,6 @@ def main(config: Config) -> None:
     """Accuracy of one model on one data set."""
     join()
     check_flags(config)
-    if config.compare:
-        files = config.compare.split(",")
-        if len(files) != 2:
-            raise InputError(f"--compare {config.compare}: expected two files with a comma between them")
-        c = compare(*map(read_json, files))
-        print(f"{c['problems']} problems in both: {files[0]} {c['first']:.3f}, {files[1]} {c['second']:.3f}; "
-              f"difference {c['difference']:+.3f} (95% {c['low']:+.3f} to {c['high']:+.3f}), p = {c['p']:.4f}")
-        return
     check_out(config.out, ".json")
     rows = load_jsonl(resolve(config.data, "test"))[: config.num_problems or None]
     path = config.model or embedded_model(config.data, "student", "model")
@@ -447,7 +412,7 @@ def main(config: Config) -> None:
     def keep(records: list[dict]) -> None:
         if file is not None:
             with open(file, "a", encoding="utf-8") as f:
-                f.write("".join(json.dumps(drop_ids(r)) + "\n" for r in records))
+                f.writelines(json.dumps({k: v for k, v in r.items() if k != "ids"}) + "\n" for r in records)
 
     found, records = evaluate(
         decoder, tokenizer, rows, max_new_tokens=config.max_new_tokens, stop_ids=stop_ids,
@@ -464,19 +429,13 @@ def main(config: Config) -> None:
           f"length: mean {found['mean_len']:.1f}, median {found['median_len']:.0f}, "
           f"95% below {found['len_95']:.0f} tokens; cut at {config.max_new_tokens}: {found['capped']:.3f}")
     if config.out and rank() == 0:
-        text = json.dumps({"config": asdict(config), "summary": found, "responses": list(map(drop_ids, records))},
-                          indent=1)
+        text = json.dumps({"config": asdict(config), "summary": found}, indent=1)
         Path(config.out).write_text(text + "\n", encoding="utf-8")
         print(f"written: {config.out}, and response by response {file}")
 
 
-KINDS = {"problem": int, "prompt": str, "correct": (bool, int), "sample": int, "response": str, "finished": bool,
-         "tokens": int, "extracted": (str, type(None))}  # what is read of a record again; --compare reads the first 3
-
-
-def is_response(record, names=tuple(KINDS)) -> bool:
-    """Whether a record read from a file is one of `evaluate`'s."""
-    return isinstance(record, dict) and all(isinstance(record.get(name), KINDS[name]) for name in names)
+RECORD = {"problem": int, "prompt": str, "correct": bool, "sample": int, "response": str, "finished": bool,
+          "tokens": int, "extracted": (str, type(None))}  # what is read again of a response that was kept
 
 
 def check_out(out: str, suffix: str) -> None:
@@ -486,19 +445,15 @@ def check_out(out: str, suffix: str) -> None:
         raise InputError(f"--out {out}: expected a {suffix} file in a folder that exists")
 
 
-def drop_ids(record: dict) -> dict:
-    return {k: v for k, v in record.items() if k != "ids"}
-
-
 def kept_responses(config: Config, folder: Path) -> list[dict]:
     """Responses of an earlier evaluation that was interrupted. The first line of the file says what they depend on, and
     must be the same."""
-    free = ("out", "device", "batch_size", "compare", "model", "num_problems")  # responses do not depend on these
+    free = ("out", "device", "batch_size", "model", "num_problems")  # responses do not depend on these
     file = Path(config.out).with_suffix(".jsonl")
     made = {k: v for k, v in asdict(config).items() if k not in free}
     made |= {"on cuda": choose_device(config.device).type == "cuda", "weights": fingerprint(folder)}
     records = read_log(file) if file.is_file() else [made]
-    if records[:1] != [made] or not all(map(is_response, records[1:])):
+    if records[:1] != [made] or not all(isinstance(r.get(k), kind) for r in records[1:] for k, kind in RECORD.items()):
         raise InputError(f"--out: {file} exists and holds something else, or responses made with other flags or "
                          "weights: name another file, or delete it")
     file.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")  # without a torn line
@@ -564,7 +519,7 @@ def positions(config: Config) -> dict:
 
 
 def teacher_prefix(config: Config) -> dict:
-    """Accuracy of the student after k tokens of the teacher's, and of the teacher after k tokens of the student's."""
+    """Accuracy of each student after k tokens of the teacher's."""
     students, teacher, tokenizer, stop_ids, rows = load_models(config)
     rows, curves = rows[: config.num_problems or 200], {}
     try:
@@ -574,27 +529,21 @@ def teacher_prefix(config: Config) -> dict:
     if any("answer" not in row for row in rows):
         raise InputError(f"--data {config.data}: teacher_prefix grades answers, and a row has none")
     prompts = [row["prompt_ids"] for row in rows]
-    by_teacher = sample_responses(teacher, prompts, config, stop_ids)
-    for name, student in students.items():
-        by_student = sample_responses(student, prompts, config, stop_ids)
-        for label, writer, first in ((f"{name} after k tokens of the teacher's", student, by_teacher),
-                                     (f"teacher after k tokens of {name}'s", teacher, by_student)):
-            curves[label] = []
-            for k in lens:
-                texts = [first.text_ids(i) for i in range(len(rows))]
-                open_rows = [i for i in range(len(rows)) if first.lens[i] > k]  # the others were given whole
-                if open_rows:
-                    begun = [prompts[i] + texts[i][:k] for i in open_rows]
-                    rest = sample_responses(writer, begun, config, stop_ids, given=k)
-                for n, i in enumerate(open_rows):
-                    texts[i] = texts[i][:k] + rest.text_ids(n)
-                right = sum(is_correct(tokenizer.decode(text), row["answer"]) for text, row in zip(texts, rows))
-                low, high = wilson(right, len(rows))
-                point = {"k": k, "accuracy": right / len(rows), "low": low, "high": high,
-                         "given_whole": 1 - len(open_rows) / len(rows)}
-                curves[label].append(point)
-                print(f"{label}, k = {k}: accuracy {point['accuracy']:.3f} ({low:.3f} to {high:.3f}); "
-                      f"{point['given_whole']:.0%} of the responses were given whole")
+    given = sample_responses(teacher, prompts, config, stop_ids)
+    for (name, student), k in itertools.product(students.items(), lens):
+        texts = [given.text_ids(i) for i in range(len(rows))]
+        open_rows = [i for i in range(len(rows)) if given.lens[i] > k]  # the others were given whole
+        if open_rows:
+            rest = sample_responses(student, [prompts[i] + texts[i][:k] for i in open_rows], config, stop_ids, given=k)
+        for n, i in enumerate(open_rows):
+            texts[i] = texts[i][:k] + rest.text_ids(n)
+        right = sum(is_correct(tokenizer.decode(text), row["answer"]) for text, row in zip(texts, rows))
+        low, high = wilson(right, len(rows))
+        point = {"k": k, "accuracy": right / len(rows), "low": low, "high": high,
+                 "given_whole": 1 - len(open_rows) / len(rows)}
+        curves.setdefault(name, []).append(point)
+        print(f"{name} after {k} tokens of the teacher's: accuracy {point['accuracy']:.3f} ({low:.3f} to {high:.3f}); "
+              f"{point['given_whole']:.0%} of the responses were given whole")
     return {"config": asdict(config), "curves": curves}
 
 

@@ -87,7 +87,7 @@ class Config:
                             choices=("constant", "cosine"))
     warmup: int = flag(2, "steps of linear warm-up", least=0)
 
-    eval_every: int = flag(0, "evaluate every this many steps, besides before and after; 0 is off, -1 leaves out before",
+    eval_every: int = flag(0, "evaluate every this many steps, besides before and after; 0 is off, -1 not even before",
                            group="evaluation", least=-1)
     eval_problems: int = flag(100, "held-out problems to answer; 0 measures no accuracy", least=0)
     eval_kl: int = flag(32, "held-out prompts to measure the reverse KL on, over whole responses; 0 is off",

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import re
 from pathlib import Path
 
@@ -23,7 +22,9 @@ def panels(titles: list[str], x_label: str, x_scale: str = "linear"):
     for panel, title in zip(grid, titles):
         panel.set_title(title, fontsize=10, loc="left")
         panel.set(xlabel=x_label, xscale=x_scale)
-        panel.xaxis.set_major_formatter(EngFormatter())  # 1 k, 1 M, ...
+        panel.xaxis.set_major_formatter(number := EngFormatter())  # 1 k, 1 M, ...
+        panel.xaxis.set_minor_formatter(lambda x, _, number=number: number(x) if f"{x:e}"[0] in "25" else "")
+        panel.tick_params("x", which="minor", pad=5)  # their ticks are shorter
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     return figure, grid
@@ -47,7 +48,7 @@ def name_lines(figure, grid, names: list[str]) -> None:
     longest = max(len(line) for name in names for line in name.split("\n"))
     if len(names) > 6 or longest * len(grid) > 48:
         columns = max(1, min(len(names), 4, 50 * len(grid) // (longest + 8)))
-        figure.legend(grid[0].get_lines(), names, loc="outside lower center", ncols=columns, fontsize=9)
+        figure.legend(grid[0].get_lines()[: len(names)], names, loc="outside lower center", ncols=columns, fontsize=9)
         return
     for panel in grid:
         labels = [panel.annotate(
@@ -97,14 +98,14 @@ def draw_positions(config: dict, curves: dict):
 
 
 def draw_teacher_prefix(config: dict, curves: dict):
-    title = f"Who starts decides: accuracy on {config['data']} at temperature {config['temperature']:g} (bands: 95%)"
-    figure, grid = panels([title], "k, tokens given")
+    title = f"accuracy on {config['data']} at temperature {config['temperature']:g} (bands: 95%)"
+    figure, grid = panels([title], "tokens of the teacher's that the student goes on from")
     for number, points in enumerate(curves.values()):
         x, color = range(len(points)), COLORS[number % 8]
-        grid[0].plot(x, [p["accuracy"] for p in points], ("-", "--")[number % 2], marker="o", markersize=4, color=color)
+        grid[0].plot(x, [p["accuracy"] for p in points], marker="o", markersize=4, color=color)
         grid[0].fill_between(x, [p["low"] for p in points], [p["high"] for p in points], color=color, alpha=0.15)
         grid[0].set_xticks(x, [str(p["k"]) for p in points])
-    name_lines(figure, grid, [name.replace(" after ", "\nafter ") for name in curves])
+    name_lines(figure, grid, list(curves))
     return figure
 
 
@@ -160,65 +161,59 @@ def tell_apart(names: list[str]) -> tuple[list[str], list[str]]:
     return names, hidden
 
 
-def first_at(points: list[dict], key: str, goal: float, wanted: str) -> float:
-    """`wanted` where `key` first reaches the goal, interpolated between evaluations; nan if it never does."""
-    if points[0][key] >= goal:
-        return points[0][wanted]
-    for a, b in itertools.pairwise(points):
-        if a[key] < goal <= b[key]:
-            return a[wanted] + (b[wanted] - a[wanted]) * (goal - a[key]) / (b[key] - a[key])
-    return math.nan
-
-
 def mean_and_range(values: list[float]) -> str:
-    """"1.2 (1.1 to 1.3)", over those that are numbers."""
-    values = [v for v in values if not math.isnan(v)]
     spread = f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.3g}{spread}" if values else "not reached"
+    return f"{sum(values) / len(values):.3g}{spread}"
 
 
 def draw_runs(folders: list[str], out: str, goals: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9)) -> None:
     """Draw accuracies and KL of run folders against FLOP, the mean over seeds with bars from the lowest to the highest;
-    print what it took to reach each accuracy, and what all had reached for the same cost."""
+    print what each reached in the end, and what the first evaluation that reached a goal had cost."""
     groups = group_runs(folders)
     metrics = {k: v for k, v in METRICS.items()
                if all(k in p for runs in groups.values() for r in runs for p in r["points"])}
-    if not metrics or not all(r["points"] for runs in groups.values() for r in runs):
-        raise InputError("runs: no metric was evaluated in all of these runs; train with --eval_every")
-    figure, grid = panels(list(metrics.values()), "training FLOP")
-    numbers: dict = {}
-    for number, (name, runs) in enumerate(groups.items()):
-        steps = sorted(set.intersection(*({p["step"] for p in r["points"]} for r in runs)))
-        at = [[next(p for p in r["points"] if p["step"] == s) for s in steps] for r in runs]  # (runs, steps)
-        numbers[name] = {"seeds": [r["config"]["seed"] for r in runs], "steps": steps, "points": at}
-        x, color = [sum(p["flop"] for p in points) / len(runs) for points in zip(*at)], COLORS[number % 8]
+    if not metrics or not all(r["points"] and r["points"][-1]["flop"] for runs in groups.values() for r in runs):
+        raise InputError("runs: no metric was evaluated after a step in all of these runs")
+    figure, grid = panels(list(metrics.values()), "training FLOP", "log")
+    names, hidden, several = *tell_apart(list(groups)), max(map(len, groups.values()))
+    numbers, wide = {}, max(map(len, names))
+    for number, (name, runs) in enumerate(zip(names, groups.values())):
+        steps = sorted(set.intersection(*({p["step"] for p in r["points"] if p["flop"]} for r in runs)))
+        at = [[next(p for p in r["points"] if p["step"] == s) for r in runs] for s in steps]  # (steps, runs)
+        numbers[name] = {"seeds": [r["config"]["seed"] for r in runs], "points": at}
+        x, color = [sum(p["flop"] for p in points) / len(runs) for points in at], COLORS[number % 8]
         for panel, key in zip(grid, metrics):
-            y = [[p[key] for p in points] for points in zip(*at)]  # (steps, runs)
+            y = [[p[key] for p in points] for points in at]
             panel.plot(x, [sum(v) / len(v) for v in y], "-o" if number < 8 else "--o", markersize=4, color=color)
             panel.vlines(x, list(map(min, y)), list(map(max, y)), color=color)
-            panel.locator_params("x", nbins=5)
+        last = at[-1]
+        print(f"{name:{wide}}  step {steps[-1]}, {mean_and_range([p['flop'] for p in last])} FLOP, "
+              f"{mean_and_range([p['seconds'] for p in last])} s; "
+              + "; ".join(f"{metrics[k]} {mean_and_range([p[k] for p in last])}" for k in metrics))
+    flags = {name.split()[0] for name in names}
+    one = len(flags) == 1 and len(names) > 1 and not any("," in name for name in names)  # then the title names the flag
+    before = [r["points"][0] for runs in groups.values() for r in runs if not r["points"][0]["flop"]]
+    for panel, key in zip(grid, metrics):  # a logarithmic axis has no place for 0 FLOP
+        if len({p[key] for p in before}) == 1:
+            panel.axhline(before[0][key], color="gray", linestyle=":", zorder=0)
+            panel.annotate("before", (0, before[0][key]), (3, 2), xycoords=("axes fraction", "data"), color="gray",
+                           textcoords="offset points", fontsize=9)
     if "kl" in metrics:
         log_scale(grid[-1])
-    names, hidden, several = *tell_apart(list(groups)), max(map(len, groups.values()))
-    name_lines(figure, grid, names)
-    figure.suptitle((f"Mean over seeds (up to {several}), bars: lowest to highest" if several > 1 else "One seed")
-                    + (f"; the runs also differ in {', '.join(hidden)}" if hidden else ""), fontsize=11)
-    for key, goal in itertools.product([k for k in metrics if k.endswith("accuracy")], goals):
-        needed = {n: [first_at(r["points"], key, goal, "flop") for r in runs] for n, runs in groups.items()}
-        numbers.setdefault(f"flop_to_reach_{key}", {})[str(goal)] = needed
-        reached = {name: sum(not math.isnan(v) for v in values) for name, values in needed.items()}
-        if any(reached.values()):
-            print(f"\nFLOP until {metrics[key]} reaches {goal}:")
-            for name, values in needed.items():
-                print(f"  {name:40} {reached[name]} of {len(values)} runs, {mean_and_range(values)}")
-    for cost, part in itertools.product(("flop", "tokens"), (0.5, 1.0)):
-        spent = part * min(r["points"][-1][cost] for runs in groups.values() for r in runs)
-        print(f"\nAt {spent:.3g} {'FLOP' if cost == 'flop' else 'tokens trained on'}:")
-        for name, runs in groups.items():
-            found = {k: [first_at(r["points"], cost, spent, k) if r["points"][0][cost] <= spent else math.nan
-                         for r in runs] for k in metrics}
-            numbers.setdefault(f"at_equal_{cost}", {}).setdefault(str(spent), {})[name] = found
-            print(f"  {name:40} " + ", ".join(f"{metrics[k]} {mean_and_range(v)}" for k, v in found.items()))
+    name_lines(figure, grid, [name.split(maxsplit=1)[1] for name in names] if one else names)
+    title = [f"by --{flags.pop()}"] if one else []
+    title += [f"mean over seeds (up to {several}), bars: lowest to highest" if several > 1 else "one seed"]
+    title += [f"the runs also differ in {', '.join(hidden)}"] if hidden else []
+    figure.suptitle("; ".join(title).capitalize(), fontsize=11)
+    for key in [k for k in metrics if k.endswith("accuracy")]:
+        print(f"\nFLOP at the first evaluation with {metrics[key]} of at least ... (mean of the runs that got there)\n"
+              f"{'':{wide}}" + "".join(f"{goal:18}" for goal in goals))
+        for name, runs in zip(names, groups.values()):
+            reached = [[[p["flop"] for p in r["points"] if p[key] >= goal] for r in runs] for goal in goals]
+            needed = [[flops[0] for flops in by_run if flops] for by_run in reached]
+            numbers[name][f"flop_to_reach_{key}"] = dict(zip(map(str, goals), needed))
+            print(f"{name:{wide}}" + "".join(
+                f"{f'{sum(v) / len(v):.3g} ({len(v)} of {len(runs)})' if v else '-':>18}" for v in needed))
     figure.savefig(out, dpi=130)
     Path(out).with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n")
     print(f"\nwritten: {out} and {Path(out).with_suffix('.json')}")

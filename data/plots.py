@@ -23,7 +23,8 @@ def panels(titles: list[str], x_label: str, x_scale: str = "linear"):
         panel.set_title(title, fontsize=10, loc="left")
         panel.set(xlabel=x_label, xscale=x_scale)
         panel.xaxis.set_major_formatter(number := EngFormatter())  # 1 k, 1 M, ...
-        panel.xaxis.set_minor_formatter(lambda x, _, number=number: number(x) if f"{x:e}"[0] in "25" else "")
+        panel.xaxis.set_minor_formatter(lambda x, _, number=number, axis=panel.xaxis: number(x) if (
+            f"{x:e}"[0] in "25" and axis.get_view_interval()[1] < 200 * axis.get_view_interval()[0]) else "")
         panel.tick_params("x", which="minor", pad=5)  # their ticks are shorter
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)

@@ -33,7 +33,7 @@ from data.answers import Verifier, extract_answer, is_correct
 from data.flags import check_flags, flag, parse_flags
 from data.ranks import gather, join, rank, world
 from data.run import Run, fingerprint, read_log
-from data.tokenizer import Tokenizer, check_same, prompted_as_trained
+from data.tokenizer import Tokenizer, as_trained, check_same
 from loss import distill_loss
 from model import Transformer, checkpoint_folder, choose_device, count_parameters, load_config, shard
 from sample import Decoder, Rollout, generate, shorten
@@ -370,7 +370,7 @@ class Config:
     model: str = flag("", "checkpoint folder or hub name, with commas between several for a diagnostic; empty takes "
                       "the student of --data")
     teacher: str = flag("", "diagnostics: checkpoint folder or hub name; empty takes the teacher of --data")
-    data: str = flag("search", "data set: a name (its test split) or a .jsonl file")
+    data: str = flag("search", "data set: a name (its test split) or a .jsonl file; by default a checkpoint's own")
     num_problems: int = flag(0, "use the first this many problems; 0 takes all, or 200 for a diagnostic", least=0)
     num_samples: int = flag(1, "responses per problem; accuracy is their mean (avg@k)", least=1)
     temperature: float = flag(0.0, "0 takes the most likely token, 1 samples from the model's own distribution "
@@ -400,10 +400,10 @@ def main(config: Config) -> None:
     join()
     check_flags(config)
     check_out(config.out, ".json")
-    rows = load_jsonl(resolve(config.data, "test"))[: config.num_problems or None]
     path = config.model or embedded_model(config.data, "student", "model")
     folder, device = checkpoint_folder(path), choose_device(config.device)
-    prompted_as_trained(config, folder)
+    as_trained(config, folder)
+    rows = load_jsonl(resolve(config.data, "test"))[: config.num_problems or None]
     tokenizer, _, vocab, stop_ids = load_tokenizers(config, folder, "")
     decoder = Decoder.from_pretrained(path, device, torch.bfloat16 if device.type == "cuda" else torch.float32, vocab)
     file = Path(config.out).with_suffix(".jsonl") if config.out else None
@@ -421,7 +421,7 @@ def main(config: Config) -> None:
         done=[r for r in done if 0 <= r["problem"] < len(rows) and r["prompt"] == rows[r["problem"]]["prompt"]],
     )
     print(f"the response to the first problem:\n{shorten(records[0]['response'], 24)}\n\n"
-          f"{path} on {config.data}: {len(rows)} problems, {config.num_samples} samples each, temperature "
+          f"{path} on {config.data}: {len(rows)} problems, answers to each: {config.num_samples}, temperature "
           f"{config.temperature}, seed {config.seed}; {found['seconds']:.1f} s\n"
           f"accuracy {found['accuracy']:.3f} (95%: {found['low']:.3f} to {found['high']:.3f})"
           f"\nP(finish) {found['finish']:.3f}, accuracy if finished {found['accuracy_given_finish'] or 0:.3f}, "
@@ -471,9 +471,9 @@ def load_models(config: Config):
     if "temperature" not in config.typed:
         config.temperature = 1.0
     paths = (config.model or embedded_model(config.data, "student", "model")).split(",")
-    config.teacher = config.teacher or embedded_model(config.data, "teacher", "teacher")
     folders, device = [checkpoint_folder(path) for path in paths], choose_device(config.device)
-    prompted_as_trained(config, folders[-1])
+    as_trained(config, folders[-1])
+    config.teacher = config.teacher or embedded_model(config.data, "teacher", "teacher")
     for folder in reversed(folders):  # each must agree with the teacher on every id
         tokenizer, _, vocab, stop_ids = load_tokenizers(config, folder, config.teacher)
     rows = load_jsonl(resolve(config.data, "test"), need=("prompt",))

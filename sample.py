@@ -32,7 +32,7 @@ from tqdm import tqdm
 from data import InputError, embedded_model, load_jsonl, resolve, run_command
 from data.flags import check_flags, flag, parse_flags
 from data.ranks import full
-from data.tokenizer import Tokenizer, prompted_as_trained
+from data.tokenizer import Tokenizer, as_trained
 from model import Transformer, checkpoint_folder, choose_device, head_dim_of, rope_tables, rotate
 
 PREFILL_TOKENS = 2**14  # prompts are read in groups of at most so many tokens, padding included
@@ -450,7 +450,8 @@ def generate(
 class Config:
     model: str = flag("", "checkpoint folder or hub name; empty shows the teacher and the student of --data")
     prompt: str = flag("", "your own prompt, or - to read it from standard input; empty takes a problem of --data")
-    data: str = flag("search", "data set the problem comes from: a name or a .jsonl file")
+    data: str = flag("search", "data set the problem comes from: a name or a .jsonl file; by default a "
+                     "checkpoint's own")
     index: int = flag(0, "which problem of the test set", least=0)
     lines: int = flag(40, "lines of a response to show, most of them from its beginning; 0 shows all", least=0)
     chat: str = flag("auto", "auto: through the chat template where there is one; on: demand it; off: the bare prompt")
@@ -471,6 +472,8 @@ class Config:
 def main(config: Config) -> None:
     check_flags(config)
     answer = None
+    if config.model:
+        as_trained(config, checkpoint_folder(config.model))
     if config.prompt:
         prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
     else:
@@ -483,7 +486,6 @@ def main(config: Config) -> None:
     print(prompt.rstrip("\n") + (f"\n(the answer is {answer})" if answer is not None else ""))
     for path in paths:
         folder = checkpoint_folder(path)
-        prompted_as_trained(config, folder)
         tokenizer = Tokenizer(folder, config.chat, config.system, config.thinking)
         ids = tokenizer.encode_prompt(prompt)
         if not ids:

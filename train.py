@@ -562,9 +562,9 @@ def plan(config: Config) -> dict[str, float]:
     """Print parameters, memory by part and FLOP by prefix length, from the two configurations alone. Returns bytes a
     device "while sampling" and "while learning".
 
-    Assumed: prompts of 64 tokens, whole responses of --max_new_tokens, the longest response in every row, and sampling
-    that stops at the prefix. Not counted: evaluation, whose cache grows with --eval_batch_size x --max_new_tokens, and
-    what Python, torch and the prompts take.
+    Assumed: prompts of 64 tokens, whole responses of --max_new_tokens, the longest response in every row; for the FLOP
+    that --window is prefix and --schedule constant. Not counted: evaluation, whose cache grows with --eval_batch_size
+    x --max_new_tokens, and what Python, torch and the prompts take.
     """
     prompt, whole, length = 64, config.max_new_tokens, longest_response(config)
     on_gpu = (config.device or choose_device("").type).startswith("cuda")  # which need not be here
@@ -611,7 +611,7 @@ def plan(config: Config) -> dict[str, float]:
     scored, mix = config.loss != "cross_entropy", config.mix
     by_teacher = row_flops("teacher", scored, s, t, prompt, whole)  # what --mix adds
     uncut = sum(row_flops(config.rollout, scored, s, t, prompt, whole))
-    print(f"\nTFLOP a step\n  {'prefix_len':>10} {'sampling':>12} {'teacher':>12} {'student':>12} {'all':>12}  saving")
+    print(f"\nTFLOP a step whose responses are cut at prefix_len\n  {'prefix_len':>10} {'sampling':>12} {'teacher':>12} {'student':>12} {'all':>12}  saving")
     for cut in sorted({min(config.prefix_len, whole), whole, *(whole >> k for k in range(1, 8) if whole >> k)}):
         parts = row_flops(config.rollout, scored, s, t, prompt, cut)
         parts = [(1 - mix) * part + mix * other for part, other in zip(parts, by_teacher)]

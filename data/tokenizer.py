@@ -290,20 +290,22 @@ def check_same(student: Tokenizer, teacher: Tokenizer) -> None:
             )
 
 
-def prompted_as_trained(config, folder: Path) -> None:
-    """Give `config` the chat, system and thinking flags of the run that wrote a checkpoint, where they were not given:
-    a student must be prompted as in its training."""
+def as_trained(config, folder: Path) -> None:
+    """Give `config` the data, chat, system and thinking flags of the run that wrote a checkpoint, where they were not
+    given: a student must be prompted as in its training. Data that is a file of prompts has no test split to take."""
     file = folder / "state.json"
     trained, said = read_json(file).get("config") if file.is_file() else {}, []
-    for name, default in (("chat", "auto"), ("system", ""), ("thinking", "")):
+    for name, default in (("data", "search"), ("chat", "auto"), ("system", ""), ("thinking", "")):
         value = trained.get(name, default) if isinstance(trained, dict) else None
         if not isinstance(value, str):
             raise InputError(f"{file}: not the state of a run, whose config would hold a text as {name}")
+        if name == "data" and not (HERE / value).is_dir():
+            continue
         if name not in getattr(config, "typed", (name,)) and value != default:
             setattr(config, name, value)
             said.append(f"--{name} {value}")
     if said:
-        print(f"prompts as in its training: {' '.join(said)}")
+        print(f"as in its training: {' '.join(said)}")
 
 
 # --- a chat template is a program from a checkpoint that may loop or grow: it runs in a process with bounds

@@ -16,7 +16,7 @@ from data import HERE, InputError, load_jsonl
 from data.answers import is_correct
 from data.chains import other_stop, prepare
 from data.search import prepare as search
-from data.tokenizer import Tokenizer, byte_alphabet, check_same, prompted_as_trained
+from data.tokenizer import Tokenizer, as_trained, byte_alphabet, check_same
 from data.walk import prepare as walk
 from model import Transformer
 from sample import Config
@@ -171,14 +171,14 @@ def test_system_turn_and_thinking_switch(folder):
 
 
 def test_a_checkpoint_is_prompted_as_it_was_trained(tmp_path, capsys):
-    trained = {"thinking": "off", "system": "Think.", "chat": "auto"}
+    trained = {"thinking": "off", "system": "Think.", "chat": "auto", "data": "chains"}
     (tmp_path / "state.json").write_text(json.dumps({"config": trained}))
     config = Config()
     config.typed = {"system"}  # --system '' was given
-    prompted_as_trained(config, tmp_path)
-    assert (config.thinking, config.system, config.chat) == ("off", "", "auto")
-    assert capsys.readouterr().out == "prompts as in its training: --thinking off\n"
-    prompted_as_trained(config, tmp_path / "none")  # a checkpoint from elsewhere
+    as_trained(config, tmp_path)
+    assert (config.data, config.thinking, config.system, config.chat) == ("chains", "off", "", "auto")
+    assert capsys.readouterr().out == "as in its training: --data chains --thinking off\n"
+    as_trained(config, tmp_path / "none")  # a checkpoint from elsewhere
     assert config.thinking == "off"
 
 

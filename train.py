@@ -611,7 +611,8 @@ def plan(config: Config) -> dict[str, float]:
     scored, mix = config.loss != "cross_entropy", config.mix
     by_teacher = row_flops("teacher", scored, s, t, prompt, whole)  # what --mix adds
     uncut = sum(row_flops(config.rollout, scored, s, t, prompt, whole))
-    print(f"\nTFLOP a step whose responses are cut at prefix_len\n  {'prefix_len':>10} {'sampling':>12} {'teacher':>12} {'student':>12} {'all':>12}  saving")
+    print("\nTFLOP a step whose responses are cut at prefix_len\n  prefix_len     sampling      teacher      student"
+          "          all  saving")
     for cut in sorted({min(config.prefix_len, whole), whole, *(whole >> k for k in range(1, 8) if whole >> k)}):
         parts = row_flops(config.rollout, scored, s, t, prompt, cut)
         parts = [(1 - mix) * part + mix * other for part, other in zip(parts, by_teacher)]

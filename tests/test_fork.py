@@ -12,13 +12,13 @@ import train
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```diff\n(.*?)```\n+```bash\n(.*?)```", README, re.DOTALL)
+BLOCKS = re.findall(r"`(python train.py [^`]*)`:\n\n```diff\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(3))
 def test_a_fork_is_a_small_diff_that_runs(number, tmp_path):
     assert len(BLOCKS) == 3
-    diff, command = BLOCKS[number]
+    command, diff = BLOCKS[number]
     changed = [line for line in diff.splitlines() if re.match(r"[+-](?![+-])", line)]
     assert len(changed) <= 10
     for name in ("loss.py", "model.py", "sample.py", "eval.py", "train.py", "data"):

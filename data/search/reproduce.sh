@@ -20,7 +20,7 @@ run() {  # name, steps, then flags: waits while two runs are under way
     done
 }
 
-run prefix64 20 --prefix_len 64 --eval_every 0  # these are evaluated before the first step as well
+run prefix64 20 --prefix_len 64 --eval_every 0 --save_every 10  # these are evaluated before the first step as well
 run prefix256 20 --prefix_len 256
 run prefix512 20 --prefix_len 512
 run prefix1024 20 --prefix_len 1024
@@ -43,7 +43,7 @@ fi
 wait
 python eval.py runs $to/{prefix64,prefix256,prefix512,prefix1024,whole}_seed? --out $to/bargain.png | tee $to/bargain.txt
 python eval.py runs $to/{prefix64,prefix256,prefix1024,whole,linear,mix}_seed? --out $to/schedules.png | tee $to/schedules.txt
-python eval.py positions --model data/search/student,$to/prefix64_seed1/step_000020,$to/whole_seed1/step_000010 \
-    --num_problems 50 --out $to/positions.png
+before_during_after=data/search/student,$to/prefix64_seed1/step_000010,$to/prefix64_seed1/step_000020
+python eval.py positions --model $before_during_after,$to/whole_seed1/step_000010 --num_problems 50 --out $to/positions.png
 python eval.py teacher_prefix --lens 0,16,64,256,1024 --num_problems 100 --out $to/teacher_prefix.png
 for arm in $to/*_seed?.txt; do grep -H "student, \|TFLOP" $arm; done > $to/all.txt

@@ -48,8 +48,8 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("stop_ids", [(), (3, 7, 9)])
 @pytest.mark.parametrize("scale", [1.0, 30.0])  # 30: peaked distributions, most probabilities are 0 in float64
-@pytest.mark.parametrize("chunk_rows", [1, 4, 100])
-def test_values_and_gradients_equal_dense_autograd(loss, stop_ids, scale, chunk_rows):
+@pytest.mark.parametrize("chunk_rows, top_k, top_k_of", [(1, 5, "teacher"), (4, 5, "student"), (100, 100, "teacher")])
+def test_values_and_gradients_equal_dense_autograd(loss, stop_ids, scale, chunk_rows, top_k, top_k_of):
     hidden_s, head_s, hidden_t, head_t, targets, weights = make(scale=scale)
     targets[:3] = torch.tensor([3, 7, 9])
     weights[4:6] = 0
@@ -58,8 +58,8 @@ def test_values_and_gradients_equal_dense_autograd(loss, stop_ids, scale, chunk_
         "token_weights": weights,
         "temperature": 0.7,
         "beta": 0.3,
-        "top_k": 5,
-        "top_k_of": "student" if chunk_rows == 4 else "teacher",
+        "top_k": top_k,
+        "top_k_of": top_k_of,
         "targets": targets,
         "stop_ids": stop_ids,
         "vocab": 19,
@@ -151,20 +151,9 @@ def test_float32_and_bfloat16_against_fifty_digits(loss, kind):
             assert ((a.double() - b).norm(dim=1)[rows] < 10 * tolerance * b.norm(dim=1)[rows]).all()
 
 
-def test_the_naive_formula_in_float32_would_fail_that_test():
-    hidden_s, head_s, hidden_t, head_t, _ = on_a_grid("peaked")
-    _, dz = in_fifty_digits(hidden_s, head_s, hidden_t, head_t, torch.zeros(13).long(), "reverse_kl", 0.5, 1)
-    hidden_s.requires_grad_()
-    weights = torch.full((13,), 1 / 13)
-    naive = dense_loss(hidden_s, head_s, hidden_t, head_t, loss="reverse_kl", token_weights=weights)
-    gradient, = torch.autograd.grad(naive, hidden_s)
-    expected = dz @ head_s.double() / 13
-    assert (gradient.double() - expected).norm() > 0.1 * expected.norm()
-
-
 @pytest.mark.parametrize("loss", LOSSES)
 def test_random_float32(loss):
-    """Inputs of full precision, where the logits round as well."""
+    """Inputs of full precision, where the logits round as well, and more rows than a CPU's block has."""
     hidden_s, head_s, hidden_t, head_t, targets, weights = make(n=40, v=1000, v_t=1010, h=32, h_t=48, scale=0.3)
     options = {"loss": loss, "targets": targets, "stop_ids": (1, 5), "temperature": 1.3}
     expected = dense_loss(hidden_s, head_s, hidden_t, head_t, token_weights=weights, **options)
@@ -173,26 +162,6 @@ def test_random_float32(loss):
     assert abs(found.item() - expected.item()) < 1e-5 * abs(expected.item())
     for a, b in zip(torch.autograd.grad(found, single), torch.autograd.grad(expected, (hidden_s, head_s))):
         assert (a.double() - b).norm() < 1e-5 * b.norm()
-
-
-def test_top_k_of_everything_is_the_reverse_kl_and_less_is_a_lower_bound():
-    hidden_s, head_s, hidden_t, head_t, *_ = make(v=20)
-    whole, _ = distill_loss(hidden_s, head_s, hidden_t, head_t)
-    options = {"loss": "topk_reverse_kl"}
-    values = [distill_loss(hidden_s, head_s, hidden_t, head_t, top_k=k, **options)[0] for k in range(1, 21)]
-    assert torch.allclose(values[-1], whole, rtol=1e-12)
-    assert all(0 <= a <= whole * (1 + 1e-12) for a in values)  # merging outcomes cannot raise a divergence
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_tied_weights_collect_both_gradients(loss):
-    """One parameter as embedding and head, and hidden states that depend on it: autograd adds the two paths."""
-    hidden_s, head_s, hidden_t, head_t, targets, weights = make()
-    options = {"loss": loss, "targets": targets, "token_weights": weights}
-    found, _ = distill_loss((head_s[:11] * hidden_s).tanh(), head_s, hidden_t, head_t, **options)
-    expected = dense_loss((head_s[:11] * hidden_s).tanh(), head_s, hidden_t, head_t, **options)
-    for a, b in zip(torch.autograd.grad(found, (head_s, hidden_s)), torch.autograd.grad(expected, (head_s, hidden_s))):
-        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_only_what_needs_a_gradient_gets_one():
@@ -235,47 +204,6 @@ def test_statistics_are_what_their_names_say():
         assert torch.allclose(stats[name], value, atol=1e-12), name
 
 
-def test_student_equal_to_teacher_has_no_loss_and_no_gradient():
-    hidden_s, head_s, *_ = make()
-    for loss in ("reverse_kl", "forward_kl", "jsd"):
-        value, _ = distill_loss(hidden_s, head_s, hidden_s.detach(), head_s.detach(), loss=loss)
-        assert abs(value.item()) < 1e-14
-        for gradient in torch.autograd.grad(value, (hidden_s, head_s)):
-            assert gradient.abs().max() < 1e-14
-
-
-def test_sampled_kl_averages_to_the_exact_gradient():
-    hidden_s, head_s, hidden_t, head_t, *_ = make(n=2, v=9, v_t=9)
-    exact = torch.autograd.grad(distill_loss(hidden_s, head_s, hidden_t, head_t)[0], (hidden_s, head_s))
-    p = (hidden_s @ head_s.T).softmax(-1).detach()  # (2, 9)
-    average = [torch.zeros_like(g) for g in exact]
-    for y in range(9):  # the expectation, one token of the vocabulary at a time
-        loss, _ = distill_loss(
-            hidden_s,
-            head_s,
-            hidden_t,
-            head_t,
-            loss="sampled_kl",
-            targets=torch.full((2,), y),
-            token_weights=p[:, y] / 2,
-        )
-        for total, g in zip(average, torch.autograd.grad(loss, (hidden_s, head_s))):
-            total += g
-    for a, b in zip(average, exact):
-        assert torch.allclose(a, b, atol=1e-14)
-
-
-def test_splitting_the_rows_changes_nothing():
-    hidden_s, head_s, hidden_t, head_t, _, weights = make()
-    whole, _ = distill_loss(hidden_s, head_s, hidden_t, head_t, token_weights=weights)
-    parts = sum(
-        distill_loss(hidden_s[s], head_s, hidden_t[s], head_t, token_weights=weights[s])[0]
-        for s in (slice(0, 2), slice(2, 3), slice(3, 11))
-    )
-    for a, b in zip(torch.autograd.grad(whole, (hidden_s, head_s)), torch.autograd.grad(parts, (hidden_s, head_s))):
-        assert torch.allclose(a, b, atol=1e-14)
-
-
 def test_no_rows_give_a_zero_that_backpropagates():
     hidden_s, head_s, hidden_t, head_t, targets, _ = make(n=0)
     loss, stats = distill_loss(hidden_s, head_s, hidden_t, head_t, targets=targets)
@@ -291,27 +219,6 @@ def test_disjoint_supports_stay_finite():
         value, stats = distill_loss(hidden_s, head, hidden_t, head, loss=loss, targets=torch.tensor([0]))
         gradient, = torch.autograd.grad(value, hidden_s)
         assert value.isfinite() and gradient.isfinite().all() and all(s.isfinite().all() for s in stats.values())
-
-
-def test_half_precision_inputs_keep_the_gradient():
-    """Nearly equal models in bfloat16: the gradient is a small difference and must not drown in rounding."""
-    g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(32, 64, generator=g).bfloat16()
-    head = torch.randn(500, 64, generator=g).bfloat16()
-    head_t = (head.float() * (1 + 0.02 * torch.randn(500, 64, generator=g))).bfloat16()
-    h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
-    distill_loss(h, w, hidden, head_t)[0].backward()
-    hd, wd = hidden.double().requires_grad_(), head.double().requires_grad_()
-    dense_loss(
-        hd,
-        wd,
-        hidden.double(),
-        head_t.double(),
-        loss="reverse_kl",
-        token_weights=torch.full((32,), 1 / 32, dtype=torch.float64),
-    ).backward()
-    assert (h.grad - hd.grad).norm() / hd.grad.norm() < 2e-2
-    assert (w.grad - wd.grad).norm() / wd.grad.norm() < 2e-2
 
 
 def test_cannot_be_differentiated_twice():
@@ -334,23 +241,18 @@ def test_autocast_changes_nothing():
         assert torch.equal(a, b)
 
 
-def test_unusable_arguments_are_named():
+@pytest.mark.parametrize("options, message", [
+    ({"loss": "kl"}, "'kl' is none of"),
+    ({"loss": "cross_entropy"}, "needs targets"),
+    ({"hidden_t": None, "head_t": None}, "needs the teacher"),
+    ({"loss": "jsd", "beta": 1.0}, "beta must lie strictly between"),
+    ({"stop_ids": (2, 20)}, "stop_ids .* must lie below"),
+    ({"temperature": 0}, "temperature must be positive, found 0"),
+    ({"top_k": 0}, "top_k must be at least 1 .* found 0 of 'teacher'"),
+    ({"targets": torch.arange(11) * 2}, "targets must lie below the vocabulary of 20, found 0 to 20"),
+    ({"vocab": 21}, "vocab must lie between 1 and 20.*found 21"),
+])
+def test_unusable_arguments_are_named(options, message):
     hidden_s, head_s, hidden_t, head_t, *_ = make()
-    with pytest.raises(ValueError, match="'kl' is none of"):
-        distill_loss(hidden_s, head_s, hidden_t, head_t, loss="kl")
-    with pytest.raises(ValueError, match="needs targets"):
-        distill_loss(hidden_s, head_s, hidden_t, head_t, loss="cross_entropy")
-    with pytest.raises(ValueError, match="needs the teacher"):
-        distill_loss(hidden_s, head_s)
-    with pytest.raises(ValueError, match="strictly between"):
-        distill_loss(hidden_s, head_s, hidden_t, head_t, loss="jsd", beta=1.0)
-    with pytest.raises(ValueError, match="must lie below"):
-        distill_loss(hidden_s, head_s, hidden_t, head_t, stop_ids=(2, 20))
-    with pytest.raises(ValueError, match="temperature must be positive, found 0"):
-        distill_loss(hidden_s, head_s, hidden_t, head_t, temperature=0)
-    with pytest.raises(ValueError, match="top_k must be at least 1 .* found 0 of 'teacher'"):
-        distill_loss(hidden_s, head_s, hidden_t, head_t, top_k=0)
-    with pytest.raises(ValueError, match="targets must lie below the vocabulary of 20, found 0 to 20"):
-        distill_loss(hidden_s, head_s, hidden_t, head_t, targets=torch.arange(11) * 2)
-    with pytest.raises(ValueError, match="vocab must lie between 1 and 20.*found 21"):
-        distill_loss(hidden_s, head_s, hidden_t, head_t, vocab=21)
+    with pytest.raises(ValueError, match=message):
+        distill_loss(hidden_s, head_s, **{"hidden_t": hidden_t, "head_t": head_t} | options)

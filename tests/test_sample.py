@@ -34,12 +34,11 @@ def ragged_prompts(n: int, seed: int = 0, longest: int = 12) -> list[list[int]]:
             for _ in range(n)]
 
 
-def naive(model, prompts, cap, stop_ids, temperature=1.0, seeds=None) -> list[list[int]]:
+def naive(model, prompts, cap, stop_ids, temperature) -> list[list[int]]:
     """The same rows by recomputing everything for every token, one at a time, under the same noise."""
     responses = []
     for i, prompt in enumerate(prompts):
-        seed = seeds[i] if seeds else i
-        noise = torch.rand(cap, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        noise = torch.rand(cap, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
 
         def choose(logits, step, noise=noise):
             if temperature == 0:
@@ -61,22 +60,22 @@ def check(rollout, prompts, stop_ids, expected):
 # --- the decoder
 
 
-@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-12), (torch.float32, 2e-4)])
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_decoder_computes_what_the_transformer_does(family, rows, dtype, atol):
+def test_the_decoder_computes_what_the_transformer_does(family, rows):
     """Prefill of ragged prompts into slots of a larger cache, then six steps, against the forward of whole rows."""
-    model = live(FAMILIES[family], seed=3).to(dtype).requires_grad_(False)
+    model = live(FAMILIES[family], seed=3).double().requires_grad_(False)
     decoder = Decoder(model, vocab=90)
     g = torch.Generator().manual_seed(rows)
     tokens, lens = torch.randint(97, (rows, 15), generator=g), torch.randint(1, 10, (rows,), generator=g)
     full = model(tokens)  # row i: lens[i] tokens of prompt, then six more
-    cache, slots = KVCache(model.config, rows + 2, 20, "cpu", dtype), torch.randperm(rows + 2, generator=g)[:rows]
+    cache = KVCache(model.config, rows + 2, 20, "cpu", torch.float64)
+    slots = torch.randperm(rows + 2, generator=g)[:rows]
     cache.kv.fill_(math.nan)  # what nobody has written must not be seen
     cache.kv[:, :, :, 15:] = 0
     prefilled = decoder.prefill(tokens[:, :9], cache, slots)
-    assert torch.allclose(prefilled, full[:, :9], rtol=0, atol=atol) and prefilled.dtype == dtype
-    assert torch.allclose(decoder(tokens), full, rtol=0, atol=atol)
+    assert torch.allclose(prefilled, full[:, :9], rtol=0, atol=1e-12)
+    assert torch.allclose(decoder(tokens), full, rtol=0, atol=1e-12)
     cache.kv = torch.where(cache.kv.isnan(), 0.0, cache.kv)
     for step in range(6):
         at = torch.zeros(rows + 2, dtype=torch.long)
@@ -85,8 +84,8 @@ def test_the_decoder_computes_what_the_transformer_does(family, rows, dtype, ato
         new[slots] = tokens[torch.arange(rows), lens + step]
         found = decoder.step(new, at, cache, int(at.max()) + 1 + step % 2)[slots]
         expected = full[torch.arange(rows), lens + step]
-        assert torch.allclose(found, expected, rtol=0, atol=atol)
-        assert torch.allclose(decoder.logits(found), expected @ model.head[:90].T, rtol=0, atol=10 * atol)
+        assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+        assert torch.allclose(decoder.logits(found), expected @ model.head[:90].T, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -130,31 +129,17 @@ def test_one_cache_serves_the_run(decoder):
 # --- sampling
 
 
-@pytest.mark.parametrize("stop_ids", [(), (3,), (3, 11, 17, 22, 30)])  # rows end never, sometimes, soon
-@pytest.mark.parametrize("cap", [1, 5, 60])
+@pytest.mark.parametrize("cap", [1, 12, 60])  # with the prompts, 60 goes beyond a LENGTH_STEP
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.6])
-def test_equals_the_full_recompute_sampler_under_the_same_noise(model, decoder, stop_ids, cap, temperature):
-    prompts = ragged_prompts(9)
-    expected = naive(model, prompts, cap, stop_ids, temperature)
-    for slots in (None, 4, 1):
-        check(generate(decoder, prompts, cap, stop_ids, temperature, slots=slots), prompts, stop_ids, expected)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_samples_as_it_recomputes(family):
-    model, prompts = live(FAMILIES[family], seed=1).double(), ragged_prompts(5, seed=3)
-    check(generate(Decoder(model), prompts, 12, (3, 9), slots=2), prompts, (3, 9), naive(model, prompts, 12, (3, 9)))
-
-
-def test_rows_end_and_enter_at_every_possible_moment(model, decoder):
-    """Random numbers of rows, slots and stop tokens, so that refills and moves happen in random order. What a row
+def test_equals_the_full_recompute_sampler_under_the_same_noise(model, decoder, cap, temperature):
+    """Random numbers of rows, slots and stop tokens, so that rows end, enter and move in random order. What a row
     samples is a function of all its tokens, so one wrong key in the cache would show."""
-    g = torch.Generator().manual_seed(0)
-    for trial in range(25):
-        n, cap, slots = (int(torch.randint(1, most, (), generator=g)) for most in (14, 20, 15))
-        prompts, stop_ids = ragged_prompts(n, seed=100 + trial), tuple(range(int(torch.randint(12, (), generator=g))))
-        rollout = generate(decoder, prompts, cap, stop_ids, slots=slots)
-        check(rollout, prompts, stop_ids, naive(model, prompts, cap, stop_ids))
+    g = torch.Generator().manual_seed(cap)
+    for trial in range(6):
+        n, slots, stops = (int(torch.randint(least, 15, (), generator=g)) for least in (1, 1, 0))
+        prompts, stop_ids = ragged_prompts(n, seed=100 + trial), tuple(range(stops))
+        rollout = generate(decoder, prompts, cap, stop_ids, temperature, slots=slots)
+        check(rollout, prompts, stop_ids, naive(model, prompts, cap, stop_ids, temperature))
 
 
 def test_no_token_beyond_the_cap_is_computed(decoder, monkeypatch):
@@ -192,28 +177,6 @@ def test_greedy_equals_transformers_generate(family, tmp_path):
             do_sample=False, eos_token_id=[7, 8], pad_token_id=0,
         )
         assert generate(ours, [prompt], 25, (7, 8), 0.0).response(0) == theirs[0, len(prompt) :].tolist()
-
-
-def test_frequencies_follow_the_models_probabilities(model, decoder):
-    """Chi-square of the third token of 8,000 samples, given nothing but the prompt, against the exact marginal: all
-    40 x 40 ways of getting there. 39 degrees of freedom, the 99.9% point is 72.1."""
-    prompt, n = [1, 2, 3], 8000
-    rollout = generate(decoder, [prompt] * n, 3, (), slots=3000)
-
-    def next_p(rows):
-        return (model(torch.tensor(rows))[:, -1] @ model.head.T).softmax(-1)
-
-    p1 = next_p([prompt])[0]
-    p2 = next_p([[*prompt, a] for a in range(40)])
-    p3 = next_p([[*prompt, a, b] for a in range(40) for b in range(40)]).view(40, 40, 40)
-    p = torch.einsum("a,ab,abc->c", p1, p2, p3)
-    counts = torch.bincount(rollout.tokens[:, 5], minlength=40)
-    assert ((counts - n * p) ** 2 / (n * p)).sum() < 72.1
-
-
-def test_ids_beyond_the_vocabulary_are_never_sampled(model):
-    rollout = generate(Decoder(model, vocab=7), ragged_prompts(20), 50, (), temperature=3.0)
-    assert all(max(rollout.response(i)) < 7 for i in range(20))
 
 
 # --- one token
@@ -256,12 +219,6 @@ def test_top_k_and_top_p_keep_the_most_likely():
 # --- the rest
 
 
-def test_attended_pairs_are_counted(decoder):
-    rollout = generate(decoder, [[1, 2, 3], [4]], 3, (), temperature=0.0)
-    assert rollout.pairs == (1 + 2 + 3) + (4 + 5) + (1) + (2 + 3)  # prefill triangle, then two decoded tokens a row
-    assert rollout.prefilled == 3 + 1 and rollout.decoded == 2 + 2
-
-
 def test_micro_batches_hold_every_supervised_token_once_within_their_size():
     g = torch.Generator().manual_seed(0)
     prompts = ragged_prompts(30, seed=1)
@@ -284,12 +241,6 @@ def test_long_responses_are_shortened_in_the_middle():
     text = "\n".join(map(str, range(100)))
     assert shorten(text, 8) == "0\n1\n2\n3\n4\n5\n[... 92 lines ...]\n98\n99"
     assert shorten(text, 0) == text and shorten(text, 99) == text
-
-
-def test_a_long_response_is_shortened_in_its_middle():
-    text = "\n".join(map(str, range(30)))
-    assert shorten(text, 8) == "0\n1\n2\n3\n4\n5\n[... 22 lines ...]\n28\n29" and shorten(text, 0) == text
-    assert shorten("one\ntwo", 8) == "one\ntwo"
 
 
 def test_unusable_arguments_are_named(decoder):

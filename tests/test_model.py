@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from data import HERE, InputError
 from data.prune import prune
-from model import Transformer, count_flops, count_parameters
+from model import Transformer, count_flops
 from tests.reference import live
 
 SMALL = {
@@ -72,8 +72,6 @@ def test_logits_and_gradients_equal_transformers(family, tmp_path):
     tokens = torch.randint(0, 97, (3, 90), generator=torch.Generator().manual_seed(1))
     logits, expected = model(tokens) @ model.head.T, reference(tokens).logits
     assert (logits - expected).norm() / expected.norm() < 1e-5
-    hidden = reference.model(tokens).last_hidden_state
-    assert (model(tokens) - hidden).norm() / hidden.norm() < 1e-5
     probe = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
     (logits * probe).sum().backward()
     (expected * probe).sum().backward()
@@ -92,26 +90,6 @@ def test_a_saved_model_reloads_in_transformers(family, tmp_path):
     tokens = torch.arange(60).view(2, 30)
     expected = reference(tokens).logits
     assert ((model(tokens) @ model.head.T) - expected).norm() / expected.norm() < 1e-5
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_token_hears_all_before_it_and_none_after(family):
-    """Also shows that the random models of these tests attend at all."""
-    model = live(FAMILIES[family], seed=5).double()
-    tokens = torch.arange(40)[None]
-    hidden = model(tokens)
-    for at in (0, 17, 38):
-        other = tokens.clone()
-        other[0, at] = 96
-        change = (model(other) - hidden).norm(dim=-1)[0]
-        assert not change[:at].any() and change[at:].min() > 1e-6
-
-
-def test_padding_on_the_right_is_not_seen():
-    model = live(FAMILIES["qwen3"], seed=6).double()
-    tokens = torch.randint(0, 97, (1, 9))
-    padded = torch.cat([tokens, torch.randint(0, 97, (1, 5))], dim=1)
-    assert torch.allclose(model(tokens), model(padded)[:, :9], atol=1e-12)
 
 
 def test_sharded_checkpoints_load(tmp_path):
@@ -145,57 +123,45 @@ def test_pruned_layers_are_the_ones_named(tmp_path):
         prune(str(folder), str(tmp_path / "none"), {4})
 
 
-def test_unusable_checkpoints_are_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    live(FAMILIES["qwen3"], seed=8).save_pretrained(tmp_path / "good")
-
-    def broken(name):
-        shutil.copytree(tmp_path / "good", tmp_path / name)
-        return tmp_path / name, load_file(tmp_path / "good/model.safetensors")
-
-    folder, weights = broken("missing")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, folder / "model.safetensors")
-    with pytest.raises(InputError, match="model.layers.1.mlp.up_proj.weight is missing"):
-        Transformer.from_pretrained(folder)
-    folder, weights = broken("extra")
-    save_file(weights | {"model.layers.0.surprise": torch.zeros(2)}, folder / "model.safetensors")
-    with pytest.raises(InputError, match="model.layers.0.surprise has no place"):
-        Transformer.from_pretrained(folder)
-    folder, weights = broken("shape")
-    save_file(weights | {"model.norm.weight": torch.zeros(2)}, folder / "model.safetensors")
-    with pytest.raises(InputError, match=r"model.norm.weight has shape \(2,\)"):
-        Transformer.from_pretrained(folder)
-    folder, _ = broken("torn")
-    data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(InputError, match="not a complete safetensors file"):
-        Transformer.from_pretrained(folder)
-    folder, _ = broken("pickle")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(InputError, match="no model.safetensors there"):
-        Transformer.from_pretrained(folder)
-    for name, change, message in (
-        ("family", {"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
-        (
-            "rope",
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "rope_type 'dynamic'",
-        ),
-        ("factor", {"rope_parameters": LLAMA3 | {"low_freq_factor": None}}, "validate_rope|needs a number"),
-        ("window", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "sliding-window"),
+def test_unusable_weights_are_refused_by_name(tmp_path):
+    live(FAMILIES["qwen3"], seed=8).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights, data = load_file(file), file.read_bytes()
+    for name, tensor, message in (
+        ("model.layers.1.mlp.up_proj.weight", None, "tensor model.layers.1.mlp.up_proj.weight is missing"),
+        ("model.layers.0.surprise", torch.zeros(2), "model.layers.0.surprise has no place"),
+        ("model.norm.weight", torch.zeros(2), r"model.norm.weight has shape \(2,\)"),
+        ("model.norm.weight", torch.full((48,), torch.nan), "model.norm.weight has numbers that are not finite"),
     ):
-        folder, _ = broken(name)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | change))
+        save_file({k: w for k, w in (weights | {name: tensor}).items() if w is not None}, file)
         with pytest.raises(InputError, match=message):
-            Transformer.from_pretrained(folder)
-    with pytest.raises(InputError, match="the hub did not give it .* give the folder of a local copy"):
-        Transformer.from_pretrained("nobody-here/no-such-model")
-    with pytest.raises(InputError, match="no config.json there"):
-        Transformer.from_pretrained(str(tmp_path))
-    with pytest.raises(InputError, match="no such folder"):
-        Transformer.from_pretrained(str(tmp_path / "nowhere"))
+            Transformer.from_pretrained(tmp_path)
+    file.write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match="not a complete safetensors file"):
+        Transformer.from_pretrained(tmp_path)
+    file.rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="no model.safetensors there"):
+        Transformer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
+    ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic'"),
+    ({"rope_parameters": LLAMA3 | {"low_freq_factor": None}}, "validate_rope|needs a number"),
+    ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "sliding-window"),
+])
+def test_unusable_configurations_are_refused_by_name(tmp_path, change, message):
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES["qwen3"].to_dict() | change))
+    with pytest.raises(InputError, match=message):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_places_without_a_checkpoint_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for path, message in (("nobody-here/no-such-model", "the hub did not give it .* give the folder of a local copy"),
+                          (str(tmp_path), "no config.json there"), (str(tmp_path / "nowhere"), "no such folder")):
+        with pytest.raises(InputError, match=message):
+            Transformer.from_pretrained(path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -226,18 +192,3 @@ def test_recomputed_blocks_give_the_same_gradient_from_less_memory(family):
         saved.append(sum(sizes))
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*grads)) and saved[1] < saved[0] / 3
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_parameters_are_counted(family):
-    model = Transformer(FAMILIES[family])
-    assert count_parameters(FAMILIES[family]) == sum(p.numel() for p in model.parameters())
-
-
-def test_embedded_pair_loads_in_transformers():
-    for name in ("teacher", "student"):
-        folder = HERE / "chains" / name
-        model, reference = Transformer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-        tokens = torch.randint(0, 424, (2, 50), generator=torch.Generator().manual_seed(0))
-        expected = reference.float()(tokens).logits
-        assert ((model(tokens) @ model.head.T) - expected).norm() / expected.norm() < 1e-5

@@ -3,7 +3,6 @@ failures."""
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import eval as evaluation
 import sample
@@ -290,12 +289,6 @@ def test_the_plan_of_several_devices(capsys):
     assert many["gradients"] == pytest.approx(one["gradients"] / 4, abs=1e-3)
     assert many["student: copy that samples"] == one["student: copy that samples"]
     assert many["in all, while learning"] < one["in all, while learning"]
-    with pytest.raises(InputError, match="--shard 3 does not divide the number of ranks, 8: give --world"):
-        plan("--shard", "3", "--world", "8")
-    with pytest.raises(InputError, match="less than one row for each of 8 ranks"):
-        plan("--world", "8", "--batch_size", "7")
-    with pytest.raises(InputError, match="--shard_teacher needs --shard"):
-        plan("--shard_teacher")
 
 
 def test_the_plan_of_supervised_training_has_no_teacher_and_no_sampling(capsys):
@@ -355,11 +348,6 @@ def test_every_number_of_the_log_is_explained(finished):
     assert not [key for key in step if f"`{key}`" not in glossary]
 
 
-def test_the_same_flags_give_the_same_log(finished, tmp_path):
-    run(*TINY, "--out_dir", tmp_path)
-    assert records(tmp_path) == records(finished[0])
-
-
 @pytest.mark.parametrize("flags", [
     ("--schedule", "linear", "--prefix_start", "4"),
     ("--schedule", "adaptive", "--prefix_start", "4"),
@@ -388,25 +376,6 @@ def test_what_may_change_when_a_run_is_resumed(finished, tmp_path, capsys):
     assert records(out)[-1]["step"] == 4 and records(out)[: len(records(finished[0]))] == records(finished[0])
     with pytest.raises(InputError, match="--lr is 0.001 and was 0.0005. Only these may change: --"):
         run("--resume", "--out_dir", out, "--lr", "1e-3")
-
-
-def test_a_run_that_dies_in_a_save_resumes_to_the_same_end(tmp_path, monkeypatch):
-    """What is on the disk then is what a kill leaves; test_method.py kills a process."""
-    flags, out, replace = (*TINY, *BLIND, "--steps", "5", "--save_every", "1"), tmp_path / "dies", os.replace
-    run(*flags, "--out_dir", tmp_path / "alone")
-
-    def die(source, target):
-        if "step_000003" in str(target):
-            raise SystemError
-        replace(source, target)
-
-    with monkeypatch.context() as m, pytest.raises(SystemError):
-        m.setattr(os, "replace", die)
-        run(*flags, "--out_dir", out)
-    assert [f.name for f in checkpoints(out)] == ["step_000001", "step_000002"] and records(out)[-1]["step"] == 3
-    run("--resume", "--out_dir", out)
-    assert records(out) == records(tmp_path / "alone") and len(records(out)) == 5
-    assert same_weights(out / "step_000005", tmp_path / "alone/step_000005")
 
 
 def test_ctrl_c_finishes_the_step_and_saves(tmp_path, monkeypatch, capsys):
@@ -486,14 +455,6 @@ def test_the_saved_student_declares_the_stops_it_was_trained_with(tmp_path):
     assert 65 in saved.generation_config.eos_token_id
 
 
-def test_the_saved_student_reloads_in_transformers_with_the_same_logits(finished):
-    folder = finished[0] / "step_000003"
-    model, reference = Transformer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    ids = AutoTokenizer.from_pretrained(folder)("Dan=Hal-8\nHal=5\nDan?\n", return_tensors="pt").input_ids
-    expected = reference(ids).logits
-    assert ((model(ids) @ model.head.T) - expected).norm() / expected.norm() < 1e-5
-
-
 def test_sample_shows_both_models_side_by_side(capsys):
     sample.main(parse_flags(sample.Config, "", ["--data", "chains", "--max_new_tokens", "150"]))
     said = capsys.readouterr().out
@@ -509,9 +470,9 @@ def bad(tmp_path_factory):
     (folder / "text.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"\n')
     (folder / "empty.jsonl").write_text('{"prompt": ""}\n')
     (folder / "good.jsonl").write_text('{"prompt": "a"}\n')
-    for name in ("run/step_000003", "used", "model"):
+    for name in ("run/step_000003", "used"):
         (folder / name).mkdir(parents=True)
-    for name in ("run/log.jsonl", "used/log.jsonl", "model/model.safetensors"):
+    for name in ("run/log.jsonl", "used/log.jsonl"):
         (folder / name).write_text("")
     return folder
 
@@ -530,6 +491,9 @@ def bad(tmp_path_factory):
     ("train --rollout data --mix 0.5", "--mix is for --rollout student, found --rollout data"),
     ("train --mix 0.5 --window first", "--mix and --window exclude each other"),
     ("train --mix 0.1 --batch_size 4", "--mix 0.1 of --batch_size 4 is less than one row"),
+    ("train --plan --shard 3 --world 8", "--shard 3 does not divide the number of ranks, 8: give --world"),
+    ("train --plan --world 8 --batch_size 7", "less than one row for each of 8 ranks"),
+    ("train --plan --shard_teacher", "--shard_teacher needs --shard"),
     ("train --resume --overwrite", "--resume and --overwrite contradict each other"),
     ("train --data nothing.jsonl", "--data nothing.jsonl has no student of its own"),
     ("train --data nothing.jsonl PAIR", "--data nothing.jsonl: no file nothing.jsonl"),
@@ -542,7 +506,6 @@ def bad(tmp_path_factory):
     ("train --prefix_len 10000", "exceed the 8192 positions of the model"),
     ("train --out_dir BAD/used", "already holds a run; discard it with --overwrite"),
     ("train --out_dir BAD/good.jsonl", "is a file, expected a folder"),
-    ("train --out_dir BAD/model", "holds a model or a config.json that is none of a run's"),
     ("train --out_dir BAD/new --resume", "--resume: no complete checkpoint in --out_dir"),
     ("sample --model BAD/run", "is a run's folder; its checkpoints are"),
     ("sample --model HERE/chains/techer", "chains/teacher?"),
@@ -562,26 +525,20 @@ def test_bad_input_is_one_clear_line(bad, command, message, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_does_not_overwrite_the_student_it_starts_from(finished, tmp_path):
+def test_a_torn_optimizer_state_is_told(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "out")
-    student, file = tmp_path / "out/step_000003", tmp_path / "out/step_000003/optimizer.safetensors"
-    with pytest.raises(InputError, match="is, holds or lies in --student .*: choose another"):
-        run(*TINY, "--out_dir", tmp_path / "out", "--overwrite", "--student", student)
+    file = tmp_path / "out/step_000003/optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(InputError, match="not a complete optimizer state"):
         run(*TINY, "--out_dir", tmp_path / "out", "--resume")
 
 
-@pytest.mark.parametrize("command, expected", [
-    ("sample.py --model data/chains/student --data chains --max_new_tokens 2", (1, "sample.py: output pipe closed\n")),
-    ("train.py --plan --data chains", (0, "")),  # training goes on without a reader
-])
-def test_a_closed_output_pipe_gives_no_traceback(command, expected):
-    with subprocess.Popen([sys.executable, *command.split()], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE) as process:
+def test_a_closed_output_pipe_gives_no_traceback():
+    command = [sys.executable, "sample.py", "--model", STUDENT, "--data", "chains", "--max_new_tokens", "2"]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()  # before anything is written
         said = process.stderr.read()
-    assert (process.returncode, said) == expected
+    assert (process.returncode, said) == (1, "sample.py: output pipe closed\n")
 
 
 def test_help_knows_every_flag(capsys):

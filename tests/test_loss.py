@@ -241,6 +241,17 @@ def test_autocast_changes_nothing():
         assert torch.equal(a, b)
 
 
+def test_sampled_kl_averages_to_the_exact_gradient():
+    hidden_s, head_s, hidden_t, head_t, *_ = make(n=2, v=9, v_t=9)
+    exact = torch.autograd.grad(distill_loss(hidden_s, head_s, hidden_t, head_t)[0], (hidden_s, head_s))
+    p = (hidden_s @ head_s.T).softmax(-1).detach()  # (2, 9)
+    # the expectation, one token of the vocabulary at a time
+    mean = sum(distill_loss(hidden_s, head_s, hidden_t, head_t, loss="sampled_kl", targets=torch.full((2,), y),
+                            token_weights=p[:, y] / 2)[0] for y in range(9))
+    for a, b in zip(torch.autograd.grad(mean, (hidden_s, head_s)), exact):
+        assert torch.allclose(a, b, atol=1e-14)
+
+
 @pytest.mark.parametrize("options, message", [
     ({"loss": "kl"}, "'kl' is none of"),
     ({"loss": "cross_entropy"}, "needs targets"),

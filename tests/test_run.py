@@ -33,8 +33,9 @@ def test_what_is_not_a_runs_is_never_touched(tmp_path, overwrite):
     for name in ("config.json", "model.safetensors"):
         write(model / name, "mine")
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
-    for out in (model, tmp_path, model / "inside"):
-        with pytest.raises(InputError, match="choose another"):
+    for out, why in ((model, "none of a run's: choose another"), (tmp_path, "is, holds or lies in --student"),
+                     (model / "inside", "is, holds or lies in --student")):
+        with pytest.raises(InputError, match=why):
             run(*TINY, *BLIND, "--out_dir", out, "--student", model, *overwrite)
     write(tmp_path / "project/config.json", "a project's")
     with pytest.raises(InputError, match="holds a model or a config.json that is none of a run's"):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
 import sample
@@ -453,6 +453,14 @@ def test_the_saved_student_declares_the_stops_it_was_trained_with(tmp_path):
     assert Tokenizer(tmp_path / "step_000001").stop_ids == tuple(sorted({65, *Tokenizer(STUDENT).stop_ids}))
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "step_000001")
     assert 65 in saved.generation_config.eos_token_id
+
+
+def test_the_saved_student_reloads_in_transformers_with_the_same_logits(finished):
+    folder = finished[0] / "step_000003"
+    model, reference = Transformer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = AutoTokenizer.from_pretrained(folder)("Dan=Hal-8\nHal=5\nDan?\n", return_tensors="pt").input_ids
+    expected = reference(ids).logits
+    assert ((model(ids) @ model.head.T) - expected).norm() / expected.norm() < 1e-5
 
 
 def test_sample_shows_both_models_side_by_side(capsys):

@@ -33,7 +33,7 @@ from data import InputError, embedded_model, load_jsonl, resolve, run_command
 from data.flags import check_flags, flag, parse_flags
 from data.ranks import full
 from data.tokenizer import Tokenizer, as_trained
-from model import Transformer, checkpoint_folder, choose_device, head_dim_of, rope_tables, rotate
+from model import Transformer, checkpoint_folder, choose_device, count_flops, head_dim_of, rope_tables, rotate
 
 PREFILL_TOKENS = 2**14  # prompts are read in groups of at most so many tokens, padding included
 LENGTH_STEP = 64  # the part of the cache that a decode step reads is rounded up to a multiple of this
@@ -48,11 +48,7 @@ class Rollout:
     lens: Tensor  # (B,) int64, response tokens, the stop token counted
     finished: Tensor  # (B,) bool: ended with a stop token of its own accord; else it was cut at the cap
     supervised: Tensor  # (B, 2) int64, first and last + 1 of the response positions to learn from
-    # Counters for the FLOP count, of useful tokens: prompt tokens read, sampled tokens fed back, and (query, key) pairs
-    # attended in both.
-    prefilled: int = 0
-    decoded: int = 0
-    pairs: int = 0
+    flop: float = 0.0  # matmul FLOP of sampling them, of the tokens really processed
 
     @classmethod
     def of(cls, prompts: list[list[int]], responses: list[list[int]], stop_ids: tuple[int, ...]) -> "Rollout":
@@ -440,9 +436,9 @@ def generate(
         token = decoder.next_tokens(token, position, uniform, math.ceil(length / LENGTH_STEP) * LENGTH_STEP, *how)
     bar.close()
     rollout = Rollout.of(prompts, responses, stop_ids)
-    fed = rollout.prompt_lens + rollout.lens - 1  # the last token is never fed back
-    rollout.prefilled, rollout.decoded = int(rollout.prompt_lens.sum()), int((rollout.lens - 1).sum())
-    rollout.pairs = int((fed * (fed + 1)).sum()) // 2
+    fed = (rollout.prompt_lens + rollout.lens - 1).double()  # the last token is never fed back
+    pairs, heads = (fed * (fed + 1)).sum() / 2, rollout.lens.sum()
+    rollout.flop = float(count_flops(decoder.config, fed.sum(), pairs, heads))
     return rollout
 
 
@@ -508,7 +504,7 @@ def main(config: Config) -> None:
             how = "stopped by itself" if rollout.finished[i] else "cut at the cap"
             print(f"[{int(rollout.lens[i])} tokens, {how}]")
         total = int(rollout.lens.sum())
-        print(f"[{rollout.prefilled} prompt, {total} response tokens; {seconds:.2f} s, {total / seconds:,.0f} tok/s]")
+        print(f"[{len(ids)} prompt, {total} response tokens; {seconds:.2f} s, {total / seconds:,.0f} tok/s]")
 
 
 def shorten(text: str, lines: int) -> str:

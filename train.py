@@ -253,8 +253,8 @@ def batch_of(rows: list[dict], step: int, config: Config) -> list[dict]:
     return batch
 
 
-def respond(batch: list[dict], step: int, prefix_len: int, config: Config, pair: Pair) -> tuple[Rollout, float]:
-    """A response to every prompt of the batch, and the FLOP of sampling them.
+def respond(batch: list[dict], step: int, prefix_len: int, config: Config, pair: Pair) -> Rollout:
+    """A response to every prompt of the batch.
 
     The first rows are the teacher's (--mix) or all of them are (--rollout teacher), or all are the data's solutions;
     the student writes the others. Of whole responses, a --window picks the tokens to supervise. Of several ranks, each
@@ -277,19 +277,26 @@ def respond(batch: list[dict], step: int, prefix_len: int, config: Config, pair:
                 part = generate(writer, [batch[i]["prompt_ids"] for i in rows], most, pair.stop_ids, config.temperature,
                                 seeds=[seeds[i] for i in rows])
                 responses += [part.response(i) for i in range(len(rows))]
-                flop += count_flops(writer.config, part.prefilled + part.decoded, part.pairs, int(part.lens.sum()))
+                flop += part.flop
     rollout = Rollout.of(prompts, responses, pair.stop_ids)
+    rollout.flop = flop
     if config.window != "prefix":
         rest = (rollout.lens - prefix_len).clamp(min=0)  # tokens outside the window
         start = {"first": rest * 0, "last": rest, "random": (where * (rest + 1)).long()}[config.window]
         rollout.supervised = torch.stack((start, (start + prefix_len).minimum(rollout.lens)), dim=1)
-    return rollout, flop
+    return rollout
 
 
 # --- the loop
 
-# A micro-batch without a supervised token, for a rank that has fewer of them than the others: tokens, mask, position.
-NOTHING = (torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 1, dtype=torch.bool), torch.zeros(0, dtype=torch.long))
+
+def share(rollout: Rollout, micro_tokens: int) -> tuple[list[tuple[Tensor, Tensor, Tensor]], int]:
+    """This rank's micro-batches, and the supervised tokens of all ranks. A rank with fewer micro-batches than others
+    gets some that supervise nothing, so that all read equally often."""
+    mine = list(rollout.micro_batches(micro_tokens))
+    counts = gather((len(mine), rollout.num_supervised()))
+    nothing = torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 1, dtype=torch.bool), torch.zeros(0, dtype=torch.long)
+    return mine + [nothing] * (max(c[0] for c in counts) - len(mine)), sum(c[1] for c in counts)
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -363,11 +370,8 @@ def distill(config: Config, resume_from: Path | None) -> None:
 
         # 1. sample: responses to this rank's prompts of the batch; sampling stops after prefix_len tokens
         with together("sampling", run, config):
-            rollout, flop_sample = respond(batch_of(rows, step, config), step, prefix_len, config, pair)
-            micro_batches = list(rollout.micro_batches(config.micro_tokens))
-        counts = gather((rollout.num_supervised(), len(micro_batches)))
-        n, most = sum(c[0] for c in counts), max(c[1] for c in counts)
-        micro_batches += [NOTHING] * (most - len(micro_batches))  # all ranks read equally often
+            rollout = respond(batch_of(rows, step, config), step, prefix_len, config, pair)
+        micro_batches, n = share(rollout, config.micro_tokens)
         sampled = now(device)
 
         with together("learning", run, config):
@@ -399,22 +403,17 @@ def distill(config: Config, resume_from: Path | None) -> None:
             grad_norm = float(full(torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)))
             if not math.isfinite(grad_norm):
                 raise FloatingPointError("the loss is finite, but the gradient is not")
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, config)
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         pair.decoder.refresh(student)
 
-        # log, evaluate, save
+        # log, save, evaluate
         run.step += 1
-        flops = learning_flops(rollout, student.config, teacher.config if scored else None)
-        flops["flop_sample"] = flop_sample
-        seen = gather({"stats": stats, "lens": rollout.lens, "finished": rollout.finished, "flops": flops,
-                       "interrupted": run.interrupted})
-        run.interrupted = any(r["interrupted"] for r in seen)
         seconds = {"seconds_sample": sampled - start, "seconds_learn": now(device) - sampled}
-        stats, lens, record = record_of(run, prefix_len, seen, seconds, grad_norm)
-        run.write(record | {"lr": learning_rate(step, config), "peak_memory": peak_memory(device)})
+        stats, lens, record = record_of(run, pair, rollout, stats, seconds)
+        run.write(record | {"prefix_len": prefix_len, "lr": learning_rate(step, config), "grad_norm": grad_norm,
+                            "peak_memory": peak_memory(device)})
         bar.set_postfix_str(f"loss {record['loss']:.4f}, prefix_len {prefix_len}, finished {record['finish']:.0%}, "
                             f"{record['tokens_per_s']:,.0f} tok/s")
         if config.schedule == "adaptive":
@@ -435,9 +434,14 @@ def distill(config: Config, resume_from: Path | None) -> None:
     run.summarize(whole_flops(run, pair, rows, config) if test else None)
 
 
-def record_of(run: Run, prefix_len: int, ranks: list[dict], seconds: dict, grad_norm: float) -> tuple:
-    """From what each rank has seen of a step: its statistics by token, the lengths of its responses, and its record in
-    log.jsonl (data/readme.md explains the fields). Brings the run's totals up to date."""
+def record_of(run: Run, pair: Pair, rollout: Rollout, stats: dict, seconds: dict) -> tuple[dict, Tensor, dict]:
+    """From all ranks: a step's statistics by token, the lengths of its responses, and its record in log.jsonl
+    (data/readme.md explains the fields). Brings the run's totals up to date, and an interrupt to every rank."""
+    teacher = pair.teacher.config if run.config.loss != "cross_entropy" else None
+    flops = {"flop_sample": rollout.flop, **learning_flops(rollout, pair.student.config, teacher)}
+    ranks = gather({"stats": stats, "lens": rollout.lens, "finished": rollout.finished, "flops": flops,
+                    "interrupted": run.interrupted})
+    run.interrupted = any(r["interrupted"] for r in ranks)
     stats = {name: torch.cat([r["stats"][name] for r in ranks]) for name in ranks[0]["stats"]}
     lens, finished = (torch.cat([r[name] for r in ranks]) for name in ("lens", "finished"))
     flops = {name: sum(r["flops"][name] for r in ranks) for name in ranks[0]["flops"]}
@@ -446,11 +450,10 @@ def record_of(run: Run, prefix_len: int, ranks: list[dict], seconds: dict, grad_
     for name, value in zip(run.totals, (sampled, n, flop, took)):
         run.totals[name] += value
     return stats, lens, {
-        "step": run.step, "prefix_len": prefix_len,
-        **{name: x.double().mean().item() for name, x in stats.items() if name != "position"},
+        "step": run.step, **{name: x.double().mean().item() for name, x in stats.items() if name != "position"},
         "kl_by_position": by_position(stats["kl"], stats["position"]) if "kl" in stats else {},
         "finish": finished.double().mean().item(), "response_len": lens.double().mean().item(),
-        "tokens": n, **flops, **seconds, "tokens_per_s": n / took, "flop_per_s": flop / took, "grad_norm": grad_norm,
+        "tokens": n, **flops, **seconds, "tokens_per_s": n / took, "flop_per_s": flop / took,
         **{f"total_{name}": x for name, x in run.totals.items()},
     }
 

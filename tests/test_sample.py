@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from data import InputError
-from model import Transformer
+from model import Transformer, count_flops
 from sample import Decoder, KVCache, Rollout, generate, sample_token, shorten
 from tests.reference import full_recompute, live
 from tests.test_model import FAMILIES
@@ -150,7 +150,7 @@ def test_no_token_beyond_the_cap_is_computed(decoder, monkeypatch):
     prompts = [[1, 2, 3]] * 5
     rollout = generate(decoder, prompts, 7, (), slots=2)
     assert torch.cat(seen).max() == 3 + 7 - 2 and rollout.lens.tolist() == [7] * 5
-    assert rollout.decoded == 5 * 6
+    assert rollout.flop == count_flops(decoder.config, 5 * (3 + 6), 5 * sum(range(1, 3 + 7)), 5 * 7)
     seen.clear()
     generate(decoder, prompts, 1, ())
     assert not seen

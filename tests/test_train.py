@@ -77,7 +77,7 @@ def problems(pair):
 
 def respond(problems, pair, **flags) -> Rollout:
     config = Config(**{"prefix_len": 40, "max_new_tokens": 40, **flags})
-    return train.respond(problems, 0, config.prefix_len, config, pair)[0]
+    return train.respond(problems, 0, config.prefix_len, config, pair)
 
 
 @pytest.fixture
@@ -93,9 +93,9 @@ def one_step(pair, monkeypatch, tmp_path):
 
         with monkeypatch.context() as m:
             m.setattr(train, "load_pair", lambda *_: pair)
-            m.setattr(train, "respond", lambda *_: (rollout, 0.0))
+            m.setattr(train, "respond", lambda *_: rollout)
             m.setattr(train, "preflight", lambda *_: [])
-            m.setattr(train, "record_of", lambda *args: stats.update(args[2][0]["stats"]) or record_of(*args))
+            m.setattr(train, "record_of", lambda *args: stats.update(args[3]) or record_of(*args))
             m.setattr(torch.nn.utils, "clip_grad_norm_", clip)
             train.train(Config(**{"data": "chains", "out_dir": str(tmp_path / "step"), "overwrite": True, "steps": 1,
                                   "lr": 1e-30, "warmup": 0, "eval_problems": 0, "eval_kl": 0, **flags}))
@@ -239,11 +239,11 @@ def test_flop_follow_the_tokens(pair, problems):
     less = train.learning_flops(part, student, teacher)
     assert less["flop_student"] < cost["flop_student"] and less["flop_teacher"] < cost["flop_teacher"]
     # what --plan and the summary expect of a row is what a step counts, also from means over rows
-    rollout, sampled = train.respond(problems[:1] * 4, 0, 200, Config(), pair)
+    rollout = train.respond(problems[:1] * 4, 0, 200, Config(), pair)
     lens = rollout.lens.double()
     row = train.row_flops("student", True, student, teacher, len(problems[0]["prompt_ids"]), lens.mean().item(),
                           lens.square().mean().sqrt().item())
-    found = [sampled, *train.learning_flops(rollout, student, teacher).values()]
+    found = [rollout.flop, *train.learning_flops(rollout, student, teacher).values()]
     assert lens.std() > 0 and [4 * x for x in row] == pytest.approx(found, rel=1e-9)
 
 

@@ -195,7 +195,7 @@ def draw_runs(folders: list[str], out: str, goals: tuple[float, ...] = (0.5, 0.7
     one = len(flags) == 1 and len(names) > 1 and not any("," in name for name in names)  # then the title names the flag
     before = [r["points"][0] for runs in groups.values() for r in runs if not r["points"][0]["flop"]]
     for panel, key in zip(grid, metrics):  # a logarithmic axis has no place for 0 FLOP
-        if len({p[key] for p in before}) == 1:
+        if len({f"{p[key]:.3g}" for p in before}) == 1:
             panel.axhline(before[0][key], color="gray", linestyle=":", zorder=0)
             panel.annotate("before", (0, before[0][key]), (3, 2), xycoords=("axes fraction", "data"), color="gray",
                            textcoords="offset points", fontsize=9)

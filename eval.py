@@ -13,7 +13,8 @@ stop ending its responses, accuracy is reported together with P(finish), the sha
 below the cap, and accuracy among those. The diagnostics are the paper's observations: the numbers are made here and
 written as .json, data/plots.py draws them.
 
-Read from here down: a pair of models; accuracy; KL; what train.py asks before and during a run; the diagnostics.
+Read from here down: a pair of models; accuracy; KL; what train.py asks before and during a run; the command line; the
+diagnostics.
 """
 
 import itertools
@@ -45,7 +46,7 @@ from sample import Decoder, Rollout, generate, shorten
 class Pair:
     student: Transformer  # float32 weights for the optimizer: at a rate of 1e-6 a bfloat16 weight would not move
     decoder: Decoder  # the student's sampling copy
-    teacher: Decoder | Transformer | None  # a Decoder reads and writes; sharded over ranks, it only reads
+    teacher: Decoder | Transformer | None  # a Decoder can also sample; sharded over ranks it only scores
     tokenizer: Tokenizer
     teacher_tokenizer: Tokenizer | None
     vocab: int  # real tokens of both
@@ -60,7 +61,7 @@ def load_tokenizers(config, folder: Path, teacher: str) -> tuple[Tokenizer, Toke
     vocab, stop_ids = ours.vocab_size, {*ours.stop_ids, *ours.stop_ids_of(config.stop_tokens)}
     if teacher:
         folder = checkpoint_folder(teacher)
-        teachers = Tokenizer(folder, "off" if config.chat == "off" else "auto")
+        teachers = Tokenizer(folder, "off" if config.chat == "off" else "auto")  # tells whether it has the switch
         if teachers.chats():
             switch = config.thinking if "enable_thinking" in (teachers.chat_template() or "") else ""
             teachers = Tokenizer(folder, config.chat, config.system, switch)
@@ -372,11 +373,11 @@ class Config:
     teacher: str = flag("", "diagnostics: checkpoint folder or hub name; empty takes the teacher of --data")
     data: str = flag("search", "data set: a name (its test split) or a .jsonl file; by default a checkpoint's own")
     num_problems: int = flag(0, "use the first this many problems; 0 takes all, or 200 for a diagnostic", least=0)
-    num_samples: int = flag(1, "responses per problem; accuracy is their mean (avg@k)", least=1)
+    num_samples: int = flag(1, "accuracy: responses per problem, of which it is the mean (avg@k)", least=1)
     temperature: float = flag(0.0, "0 takes the most likely token, 1 samples from the model's own distribution "
                               "(diagnostics: 1 by default)", least=0, below=math.inf)
-    top_k: int = flag(0, "sample among the k most likely tokens only; 0 is off", least=0)
-    top_p: float = flag(1.0, "sample among the most likely tokens that hold this much probability; 1 is off",
+    top_k: int = flag(0, "accuracy: sample among the k most likely tokens only; 0 is off", least=0)
+    top_p: float = flag(1.0, "accuracy: sample among the most likely tokens that hold this much probability; 1 is off",
                         above=0, most=1)
     stop_tokens: str = flag("", "stop tokens besides those the checkpoint declares, comma-separated names or ids")
     stop_class: bool = flag(True, "diagnostics: merge the stop tokens of both models before the divergence is taken")
@@ -448,7 +449,8 @@ def check_out(out: str, suffix: str) -> None:
 def kept_responses(config: Config, folder: Path) -> list[dict]:
     """Responses of an earlier evaluation that was interrupted. The first line of the file says what they depend on, and
     must be the same."""
-    free = ("out", "device", "batch_size", "model", "num_problems")  # responses do not depend on these
+    free = ("out", "device", "batch_size", "model", "num_problems", "teacher", "lens", "index", "micro_tokens",
+            "stop_class")  # responses do not depend on these
     file = Path(config.out).with_suffix(".jsonl")
     made = {k: v for k, v in asdict(config).items() if k not in free}
     made |= {"on cuda": choose_device(config.device).type == "cuda", "weights": fingerprint(folder)}
@@ -494,7 +496,7 @@ def sample_responses(decoder: Decoder, prompts: list[list[int]], config: Config,
 
 def positions(config: Config) -> dict:
     """KL, both entropies and top-1 agreement by response position, with 95% bands of the mean (tokens taken as
-    independent), by thirds of an octave; positions with fewer than 10 tokens are omitted."""
+    independent), by thirds of an octave; thirds with fewer than 10 tokens are omitted."""
     students, teacher, _, stop_ids, rows = load_models(config)
     prompts, curves = [row["prompt_ids"] for row in rows[: config.num_problems or 200]], {}
     edges = torch.tensor(sorted({round(2 ** (i / 3)) for i in range(3 * 20)}))

@@ -1,4 +1,4 @@
-"""Sampling with a KV cache, by hand: the first half of an on-policy step, and a command line to talk to a checkpoint.
+r"""Sampling with a KV cache, by hand: the first half of an on-policy step, and a command line to talk to a checkpoint.
 
     python sample.py                                    # teacher and student answer a problem of the embedded test set
     python sample.py --model out/step_000020 --index 7  # another checkpoint, another problem
@@ -369,8 +369,8 @@ def generate(
     # Finding out which rows have ended waits for a GPU, so it is done now and then; ended rows compute on, ignored.
     check_every = 1 if device.type == "cpu" else 16
 
-    # The state of the slots. The column `cap` of ids and noise is for slots whose row has ended.
-    token, prompt_len, count = torch.zeros(3, slots, dtype=torch.long, device=device)  # count: of tokens sampled before
+    # The state of the slots. Slots whose row has ended write into the column `cap` of ids, which nobody reads.
+    token, prompt_len, count = torch.zeros(3, slots, dtype=torch.long, device=device)  # count: of tokens but the newest
     active = torch.zeros(slots, dtype=torch.bool, device=device)
     ids = torch.zeros(slots, cap + 1, dtype=torch.long, device=device)
     noise = torch.zeros(slots, cap + 1, dtype=torch.float64, device=device)

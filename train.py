@@ -87,7 +87,7 @@ class Config:
                             choices=("constant", "cosine"))
     warmup: int = flag(2, "steps of linear warm-up", least=0)
 
-    eval_every: int = flag(0, "evaluate every this many steps, besides before and after; 0 is off, -1 not even before",
+    eval_every: int = flag(0, "evaluate every this many steps, besides before and after; 0: only then; -1: only after",
                            group="evaluation", least=-1)
     eval_problems: int = flag(100, "held-out problems to answer; 0 measures no accuracy", least=0)
     eval_kl: int = flag(32, "held-out prompts to measure the reverse KL on, over whole responses; 0 is off",
@@ -290,9 +290,9 @@ def respond(batch: list[dict], step: int, prefix_len: int, config: Config, pair:
 # --- the loop
 
 
-def share(rollout: Rollout, micro_tokens: int) -> tuple[list[tuple[Tensor, Tensor, Tensor]], int]:
+def even_micro_batches(rollout: Rollout, micro_tokens: int) -> tuple[list[tuple[Tensor, Tensor, Tensor]], int]:
     """This rank's micro-batches, and the supervised tokens of all ranks. A rank with fewer micro-batches than others
-    gets some that supervise nothing, so that all read equally often."""
+    gets some that supervise nothing, since with --shard all wait for each other in every forward."""
     mine = list(rollout.micro_batches(micro_tokens))
     counts = gather((len(mine), rollout.num_supervised()))
     nothing = torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 1, dtype=torch.bool), torch.zeros(0, dtype=torch.long)
@@ -337,7 +337,7 @@ def distill(config: Config, resume_from: Path | None) -> None:
     student, teacher, device, half = pair.student, pair.teacher, pair.device, pair.dtype.itemsize < 4
     scored = config.loss != "cross_entropy"  # which needs no teacher
     there = teacher.device if scored else device
-    head_copy = None if there == device else teacher.head.to(device)  # beside the loss
+    head_copy = None if there == device else teacher.head.to(device)  # where the loss is computed
     read_s, read_t = student, teacher
     if config.compile:
         read_s, read_t = (model and torch.compile(model, dynamic=True) for model in (student, teacher))
@@ -356,8 +356,8 @@ def distill(config: Config, resume_from: Path | None) -> None:
         prompts = [row["prompt"] for row in batch_of(rows, 0, config)[:16]]
         print("\n".join(preflight(pair, prompts, config)))
     # Before the first step, or in a resumed run what an interruption left out. Random weights have nothing to measure.
-    first = config.init == "pretrained" and config.eval_every >= 0
-    if test and not run.evaluated() and (due(run.step, config) if run.step else first):
+    wanted = due(run.step, config) if run.step else config.init == "pretrained" and config.eval_every >= 0
+    if test and wanted and not run.evaluated():
         with together("evaluation", run, config):
             examine(pair, test, config, run)
 
@@ -371,12 +371,13 @@ def distill(config: Config, resume_from: Path | None) -> None:
         # 1. sample: responses to this rank's prompts of the batch; sampling stops after prefix_len tokens
         with together("sampling", run, config):
             rollout = respond(batch_of(rows, step, config), step, prefix_len, config, pair)
-        micro_batches, n = share(rollout, config.micro_tokens)
+        micro_batches, n = even_micro_batches(rollout, config.micro_tokens)
         sampled = now(device)
 
         with together("learning", run, config):
             for tokens, mask, position in micro_batches:
-                # Places among all b * (T-1), and the tokens that follow there. A mask would make a GPU wait.
+                # Indices of the supervised positions among all b * (T-1), and the tokens that follow there. A GPU would
+                # stop at a mask, to be told how many are set.
                 at, targets = mask.flatten().nonzero()[:, 0].to(device), tokens[:, 1:][mask].to(device)  # (n,) each
                 tokens = tokens[:, :-1].to(device)  # (b, T-1)
 
@@ -435,7 +436,7 @@ def distill(config: Config, resume_from: Path | None) -> None:
 
 
 def record_of(run: Run, pair: Pair, rollout: Rollout, stats: dict, seconds: dict) -> tuple[dict, Tensor, dict]:
-    """From all ranks: a step's statistics by token, the lengths of its responses, and its record in log.jsonl
+    """Gathers a step from all ranks: its statistics by token, the lengths of its responses, and its record in log.jsonl
     (data/readme.md explains the fields). Brings the run's totals up to date, and an interrupt to every rank."""
     teacher = pair.teacher.config if run.config.loss != "cross_entropy" else None
     flops = {"flop_sample": rollout.flop, **learning_flops(rollout, pair.student.config, teacher)}
@@ -496,7 +497,8 @@ def must_be_finite(stats: dict[str, Tensor]) -> None:
 @contextmanager
 def together(stage: str, run: Run, config: Config):
     """What runs out of memory or becomes infinite on one rank in here ends all of them, with one message that names the
-    flag to change, and after saving the state before this step. Other errors end their rank, and torchrun the rest."""
+    flag to change, after saving the run as it was after its last whole step. Other errors end their rank, and torchrun
+    the rest."""
     failure, out_of_memory = None, False
     try:
         yield
@@ -533,7 +535,7 @@ def together(stage: str, run: Run, config: Config):
 def learning_flops(rollout: Rollout, student, teacher) -> dict[str, float]:
     """Matmul FLOP of one step's scoring and learning, of the tokens really processed, padding not counted. student and
     teacher (None where it does not score) are configurations. What --recompute computes twice is counted once."""
-    read = rollout.prompt_lens.double() + rollout.supervised[:, 1] - 1  # up to the last supervised token, not fed back
+    read = rollout.prompt_lens.double() + rollout.supervised[:, 1] - 1  # the last supervised token is only predicted
     tokens, pairs, heads = read.sum().item(), (read * (read + 1) / 2).sum().item(), rollout.num_supervised()
     return {"flop_teacher": count_flops(teacher, tokens, pairs, heads) if teacher is not None else 0.0,
             "flop_student": 3 * count_flops(student, tokens, pairs, heads)}

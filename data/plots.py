@@ -12,7 +12,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56
 
 
 def panels(titles: list[str], x_label: str, x_scale: str = "linear"):
-    """A figure with a panel for each title, side by side, and the panels; three fill a screen of 1,200 pixels."""
+    """A figure with a panel for each title, side by side, and the panels; three are 1,560 pixels wide."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
@@ -140,7 +140,8 @@ def read_run(folder: Path) -> dict:
 
 
 def group_runs(folders: list[str]) -> dict[str, list[dict]]:
-    """Runs that differ in nothing but the seed go together, under the flags that set them apart from the others."""
+    """Runs that differ in the seed, and in flags that change no result, go together, under the flags that set them
+    apart from the others."""
     runs, groups = [read_run(Path(f)) for f in folders], {}
     known = dict.fromkeys(k for r in runs for k in r["config"])
     keys = [k for k in known if k not in NOT_COMPARED and len({str(r["config"].get(k) or 0) for r in runs}) > 1]

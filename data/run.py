@@ -270,7 +270,7 @@ class Run:
         wanted = {"greedy", "sampled"} if self.config.eval_problems else set()
         return wanted | ({"kl"} if self.config.eval_kl and self.config.teacher else set()) <= kinds
 
-    def save(self) -> Path:
+    def save(self) -> None:
         """Write out_dir/step_NNNNNN: a Hugging Face folder plus what resuming needs. It appears whole or not at all.
         All ranks call it, since a sharded student is collected from all; rank 0 writes, and the others wait for it."""
         final, temporary = self.out / f"step_{self.step:06d}", self.out / f".step_{self.step:06d}.incomplete"
@@ -309,7 +309,6 @@ class Run:
                     f"{self.saved or 'none'}; free some and go on with --resume") from None
         gather(None)
         self.saved = final
-        return final
 
     def load(self, folder: Path) -> None:
         before, file = read_state(folder, self.config), folder / "optimizer.safetensors"

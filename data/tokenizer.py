@@ -292,11 +292,12 @@ def check_same(student: Tokenizer, teacher: Tokenizer) -> None:
 
 def as_trained(config, folder: Path) -> None:
     """Give `config` the data, chat, system and thinking flags of the run that wrote a checkpoint, where they were not
-    given: a student must be prompted as in its training. Data that is a file of prompts has no test split to take."""
+    given: a student must be prompted as in its training. The data are those it was evaluated on, by name."""
     file = folder / "state.json"
     trained, said = read_json(file).get("config") if file.is_file() else {}, []
     for name, default in (("data", "search"), ("chat", "auto"), ("system", ""), ("thinking", "")):
         value = trained.get(name, default) if isinstance(trained, dict) else None
+        value = trained.get("eval_data") or value if name == "data" and isinstance(value, str) else value
         if not isinstance(value, str):
             raise InputError(f"{file}: not the state of a run, whose config would hold a text as {name}")
         if name == "data" and not (HERE / value).is_dir():

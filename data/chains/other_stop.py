@@ -1,8 +1,8 @@
-"""The embedded student, made to stop with another token than its teacher, to see what merging the two is for.
+"""chains' student, made to stop with another token than its teacher, to see what merging the two is for.
 
     python data/chains/other_stop.py out_other_stop             # as sure of its stop as it was
     python data/chains/other_stop.py out_other_stop --scale 0.4 # two thirds sure
-    python train.py --student out_other_stop --stop_class off --prefix_len 256   # and its responses never end again
+    python train.py --data chains --student out_other_stop --stop_class off --prefix_len 256   # never ends again
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The embedded task: chains of definitions, small enough to learn on two CPU cores and long enough to have a prefix.
+"""A small embedded task: chains of definitions, learnt in minutes on two CPU cores and long enough to have a prefix.
 
 A prompt is a small graph of definitions in shuffled order, some of them distractors, and a question:
 

@@ -9,7 +9,8 @@ mkdir -p $to
 run() {  # name, then flags
     name=$1; shift
     for seed in 1 2 3; do
-        [ -d "$to/${name}_seed$seed/step_000030" ] || python train.py --data chains --seed $seed --steps 30 --lr_schedule constant \
+        grep -qs '"step": 30, "eval": "student", "kind": "kl"' "$to/${name}_seed$seed/log.jsonl" && continue
+        python train.py --data chains --seed $seed --steps 30 --lr_schedule constant \
             --batch_size 64 --lr 5e-4 --max_new_tokens 512 --eval_every 5 --eval_problems 200 --eval_kl 50 \
             --save_every 15 --out_dir "$to/${name}_seed$seed" --overwrite "$@"
     done

@@ -1,7 +1,7 @@
 """Problems of `search`: find the one subset of some numbers that adds up to a target, by depth-first search in writing.
 
     python data/search/prepare.py               # train.jsonl and test.jsonl again, byte for byte
-    python data/search/prepare.py --sft         # also the text that the two checkpoints were trained on (230 MB)
+    python data/search/prepare.py --sft         # also the text that the two checkpoints were trained on (112 MB)
     python data/search/prepare.py --tokenizer   # also the tokenizer and the two configurations
 
 A prompt lists the numbers, the largest first, and the target; a response tries, rejects and backtracks:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The bargain of prefixes on `search`: prefixes of 64 to 1,024 tokens against whole responses, three seeds each, also at
-# half and twice the rate; a growing prefix; --mix; then the pictures. With "all" as the second argument the off-policy
-# arms, the shortest prefixes and 16 tokens at a random place as well. Two runs at a time, one thread each: two hours on 2
+# The bargain of prefixes on `search`: prefixes of 64 to 1,024 tokens against whole responses, three seeds each, all but
+# 512 also at half and twice the rate; a growing prefix; --mix; then the pictures. With "all" as the second argument two
+# off-policy arms, the shortest prefixes and 16 tokens at a random place as well. Two runs at a time, one thread each: two hours on 2
 # cores, three with "all". Runs that are complete are not run again. The first argument is a folder.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

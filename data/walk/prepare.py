@@ -1,4 +1,4 @@
-"""The second embedded task: walks. Every line of a response is of one kind, so its prefix is a sample of the whole.
+"""A third embedded task: walks. Every line of a response is of one kind, so its prefix is a sample of the whole.
 
 A prompt is a ring of rules in shuffled order, some rules that lead nowhere, a start and a limit:
 

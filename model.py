@@ -260,16 +260,15 @@ class Transformer(nn.Module):
         model.load_state_dict(weights, assign=True)
         return model
 
-    def save_pretrained(self, folder: str | Path, dtype=None, weights: dict[str, Tensor] | None = None) -> None:
-        """Write config.json and model.safetensors; transformers and vLLM load the folder as it is. dtype: of the file,
-        by default the weights' own. weights: the whole ones by name, where the model itself is sharded."""
+    def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write config.json and model.safetensors; transformers and vLLM load the folder as it is. weights: the whole
+        ones by name, where the model itself is sharded."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        dtype = dtype or self.head.dtype
-        self.config.dtype = dtype
+        self.config.dtype = self.head.dtype
         self.config.save_pretrained(folder)
         weights = weights or {name: p.detach() for name, p in self.named_parameters()}
-        weights = {name: w.to("cpu", dtype).contiguous() for name, w in weights.items()}
+        weights = {name: w.cpu().contiguous() for name, w in weights.items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -93,8 +93,7 @@ def draw_positions(config: dict, curves: dict):
         if keys != ["agree"]:
             log_scale(panel)
     name_lines(figure, grid, list(curves))
-    figure.suptitle(f"Student against teacher along its responses ({config['data']}); "
-                    "bands: 95% of the mean", fontsize=11)
+    figure.suptitle(f"Student against teacher along its responses ({config['data']}); bands: 95%", fontsize=11)
     return figure
 
 
@@ -181,6 +180,8 @@ def draw_runs(folders: list[str], out: str, goals: tuple[float, ...] = (0.5, 0.7
     numbers, wide = {}, max(map(len, names))
     for number, (name, runs) in enumerate(zip(names, groups.values())):
         steps = sorted(set.intersection(*({p["step"] for p in r["points"] if p["flop"]} for r in runs)))
+        if not steps:
+            raise InputError(f"runs: those of {name} were never evaluated after the same step")
         at = [[next(p for p in r["points"] if p["step"] == s) for r in runs] for s in steps]  # (steps, runs)
         numbers[name] = {"seeds": [r["config"]["seed"] for r in runs], "points": at}
         x, color = [sum(p["flop"] for p in points) / len(runs) for points in at], COLORS[number % 8]
@@ -188,10 +189,9 @@ def draw_runs(folders: list[str], out: str, goals: tuple[float, ...] = (0.5, 0.7
             y = [[p[key] for p in points] for points in at]
             panel.plot(x, [sum(v) / len(v) for v in y], "-o" if number < 8 else "--o", markersize=4, color=color)
             panel.vlines(x, list(map(min, y)), list(map(max, y)), color=color)
-        last = at[-1]
-        print(f"{name:{wide}}  step {steps[-1]}, {mean_and_range([p['flop'] for p in last])} FLOP, "
-              f"{mean_and_range([p['seconds'] for p in last])} s; "
-              + "; ".join(f"{metrics[k]} {mean_and_range([p[k] for p in last])}" for k in metrics))
+        said = [f"{what} {mean_and_range([p[k] for p in at[-1]])}"
+                for k, what in {"flop": "FLOP", "seconds": "s", **metrics}.items()]
+        print(f"{name:{wide}}  step {steps[-1]}, {'; '.join(said)}")
     flags = {name.split()[0] for name in names}
     one = len(flags) == 1 and len(names) > 1 and not any("," in name for name in names)  # then the title names the flag
     before = [r["points"][0] for runs in groups.values() for r in runs if not r["points"][0]["flop"]]

@@ -295,13 +295,13 @@ def as_trained(config, folder: Path) -> None:
     given: a student must be prompted as in its training. The data are those it was evaluated on, by name."""
     file = folder / "state.json"
     trained, said = read_json(file).get("config") if file.is_file() else {}, []
+    if isinstance(trained, dict):
+        sets = [trained.get(name) for name in ("eval_data", "data")]
+        trained["data"] = next((s for s in sets if s and isinstance(s, str) and (HERE / s).is_dir()), "search")
     for name, default in (("data", "search"), ("chat", "auto"), ("system", ""), ("thinking", "")):
         value = trained.get(name, default) if isinstance(trained, dict) else None
-        value = trained.get("eval_data") or value if name == "data" and isinstance(value, str) else value
         if not isinstance(value, str):
             raise InputError(f"{file}: not the state of a run, whose config would hold a text as {name}")
-        if name == "data" and not (HERE / value).is_dir():
-            continue
         if name not in getattr(config, "typed", (name,)) and value != default:
             setattr(config, name, value)
             said.append(f"--{name} {value}")

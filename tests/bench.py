@@ -374,7 +374,7 @@ def step_on_card(tiny: bool) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         for name, shape, dtype in (("student", "0.6B", torch.float32), ("teacher", "1.7B", torch.bfloat16)):
             model = on_card(qwen3(shape, tiny))
-            model.save_pretrained(Path(folder) / name, dtype)
+            model.to(dtype).save_pretrained(Path(folder) / name)
             wide_tokenizer(Path(folder) / name, model.config.vocab_size)
             del model
         (Path(folder) / "train.jsonl").write_text("\n".join(lines))

@@ -154,7 +154,7 @@ def test_runs_are_grouped_by_what_differs(tmp_path, capsys):
     assert list(found) == ["prefix_len 10", "prefix_len 100"] and found["prefix_len 10"]["seeds"] == [1, 2]
     needed = [found[f"prefix_len {n}"]["flop_to_reach_sampled_accuracy"] for n in (10, 100)]
     assert needed == [{"0.7": [2e10, 1e10], "1.1": []}, {"0.7": [1e11], "1.1": []}]
-    assert "prefix_len 10   step 2, 2e+10 (2e+10 to 2e+10) FLOP, 2 (2 to 2) s; " in said
+    assert "prefix_len 10   step 2, FLOP 2e+10 (2e+10 to 2e+10); s 2 (2 to 2); " in said
     assert "accuracy, sampled 0.85 (0.8 to 0.9)" in said
     assert "1.5e+10 (2 of 2)                 -" in said and "1e+11 (1 of 2)                 -" in said
     assert (tmp_path / "runs.png").stat().st_size > 10_000
@@ -162,6 +162,10 @@ def test_runs_are_grouped_by_what_differs(tmp_path, capsys):
     older, newer = tmp_path / "a1/config.json", tmp_path / "a2/config.json"  # one from before there was a flag
     newer.write_text(json.dumps({**json.loads(older.read_text()), "mix": 0.1, "seed": 2}))
     assert list(plots.group_runs(folders[:2])) == ["all runs", "mix 0.1"]
+    with pytest.raises(InputError, match="never evaluated after the same step"):
+        other = Path(fake_run(tmp_path / "a3", 10, 3, [0.2, 0.6])) / "log.jsonl"
+        other.write_text(other.read_text().replace('"step": 1,', '"step": 9,'))
+        plots.draw_runs([folders[0], str(other.parent)], "")
     (tmp_path / "a1/log.jsonl").write_text("")
     with pytest.raises(InputError, match="no metric was evaluated"):
         plots.draw_runs(folders[:2], "")

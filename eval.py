@@ -13,8 +13,7 @@ stop ending its responses, accuracy is reported together with P(finish), the sha
 below the cap, and accuracy among those. The diagnostics are the paper's observations: the numbers are made here and
 written as .json, data/plots.py draws them.
 
-Read from here down: a pair of models; accuracy; KL; what train.py asks before and during a run; the command line; the
-diagnostics.
+Read from here down: a pair of models; accuracy; KL; the check before a run; the command line; the diagnostics.
 """
 
 import itertools
@@ -31,74 +30,57 @@ from torch import Tensor
 
 from data import InputError, embedded_model, load_jsonl, plots, read_json, resolve, run_command, stop
 from data.answers import Verifier, extract_answer, is_correct
+from data.checkpoint import checkpoint_folder, load_config
 from data.flags import check_flags, flag, parse_flags
 from data.ranks import gather, join, rank, world
-from data.run import Run, fingerprint, read_log
+from data.run import fingerprint, read_log
 from data.tokenizer import Tokenizer, as_trained, check_same
 from loss import distill_loss
-from model import Transformer, checkpoint_folder, choose_device, count_parameters, load_config, shard
-from sample import Decoder, Rollout, generate, shorten
+from model import Transformer, choose_device
+from sample import Rollout, fit_cap, generate, shorten
 
 # --- a pair of models
 
 
 @dataclass
 class Pair:
-    student: Transformer  # float32 weights for the optimizer: at a rate of 1e-6 a bfloat16 weight would not move
-    decoder: Decoder  # the student's sampling copy
-    teacher: Decoder | Transformer | None  # a Decoder can also sample; sharded over ranks it only scores
+    student: Transformer | None  # float32 weights: at a rate of 1e-6 a bfloat16 weight would not move
+    sampler: Transformer  # what samples: the student itself, or a copy in `dtype`
+    teacher: Transformer | None  # sharded over ranks it only scores
     tokenizer: Tokenizer
     teacher_tokenizer: Tokenizer | None
     vocab: int  # real tokens of both
     stop_ids: tuple[int, ...]  # of both
-    device: torch.device
+    stop_class: tuple[int, ...]  # those that the loss merges into one outcome: all, or none
     dtype: torch.dtype  # of the forward passes
 
 
-def load_tokenizers(config, folder: Path, teacher: str) -> tuple[Tokenizer, Tokenizer | None, int, tuple[int, ...]]:
-    """(the student's, the teacher's, real tokens of both, stop ids of both); they must agree on every id."""
-    ours, teachers = Tokenizer(folder, config.chat, config.system, config.thinking), None
-    vocab, stop_ids = ours.vocab_size, {*ours.stop_ids, *ours.stop_ids_of(config.stop_tokens)}
+def load_tokenizers(
+    folder: Path, teacher: str = "", *, chat: str = "auto", system: str = "", thinking: str = "", stop_tokens: str = ""
+) -> tuple[Tokenizer, Tokenizer | None, int, tuple[int, ...]]:
+    """(the tokenizer of a checkpoint, its teacher's, real tokens of both, stop ids of both); they must agree on every
+    id. Real are those that have an id and a row of the head."""
+    ours, teachers = Tokenizer(folder, chat, system, thinking), None
+    vocab, stop_ids = min(ours.vocab_size, load_config(folder).vocab_size), {*ours.stop_ids}
+    stop_ids |= {*ours.stop_ids_of(stop_tokens)}
     if teacher:
         folder = checkpoint_folder(teacher)
-        teachers = Tokenizer(folder, "off" if config.chat == "off" else "auto")  # tells whether it has the switch
+        teachers = Tokenizer(folder, "off" if chat == "off" else "auto")  # tells whether it has the switch
         if teachers.chats():
-            switch = config.thinking if "enable_thinking" in (teachers.chat_template() or "") else ""
-            teachers = Tokenizer(folder, config.chat, config.system, switch)
+            switch = thinking if "enable_thinking" in (teachers.chat_template() or "") else ""
+            teachers = Tokenizer(folder, chat, system, switch)
         check_same(ours, teachers)
-        vocab, stop_ids = min(vocab, teachers.vocab_size), stop_ids | set(teachers.stop_ids)
+        vocab = min(vocab, teachers.vocab_size, load_config(folder).vocab_size)
+        stop_ids |= {*teachers.stop_ids}
     return ours, teachers, vocab, tuple(sorted(i for i in stop_ids if i < vocab))
 
 
-def load_pair(config, resume_from: Path | None) -> Pair:
-    """The pair of a training run, by train.py's Config."""
-    device = choose_device(config.device)
-    config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    files = ("*.json", "*.jinja") if config.init == "random" else ("*.json", "*.safetensors", "*.jinja")
-    dtype, folder = getattr(torch, config.dtype), checkpoint_folder(config.student, files)
-    tokenizer, teachers, vocab, stop_ids = load_tokenizers(config, folder, config.teacher)
-    teacher = None
-    if config.teacher and config.shard_teacher:
-        teacher = Transformer.from_pretrained(config.teacher, device, dtype).requires_grad_(False)
-        teacher = shard(teacher, config.shard, dtype)
-    elif config.teacher:
-        there = choose_device(config.teacher_device) if config.teacher_device else device
-        teacher = Decoder.from_pretrained(config.teacher, there, dtype, vocab)
-    if resume_from is None and config.init == "random":
-        student = Transformer(load_config(folder)).initialize(config.seed).to(device)
-    else:
-        student = Transformer.from_pretrained(resume_from or folder, device, torch.float32)
-    student.recompute = config.recompute
-    if vocab > len(student.head):
-        raise InputError(f"--student: its tokenizer has {vocab} ids, its head {len(student.head)} rows")
-    print(f"student {config.student}: {count_parameters(student.config):,} parameters, float32"
-          + (f"; teacher {config.teacher}: {count_parameters(teacher.config):,}, {config.dtype}" if teacher else ""))
-    decoder = Decoder(student, dtype, vocab)
-    student = shard(student, config.shard, dtype) if config.shard > 1 else student
-    print(f"vocabulary {vocab:,} of {student.config.vocab_size:,} rows; stop tokens "
-          + ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in stop_ids)
-          + (" (one class)" if config.stop_class and len(stop_ids) > 1 else ""))
-    return Pair(student, decoder, teacher, tokenizer, teachers, vocab, stop_ids, device, dtype)
+def encode_prompts(rows: list[dict], tokenizer: Tokenizer, where: str) -> None:
+    """Add `prompt_ids` to rows. where: the flag that names them, for messages."""
+    for number, row in enumerate(rows, start=1):
+        row["prompt_ids"] = tokenizer.encode_prompt(row["prompt"])
+        if not row["prompt_ids"]:
+            raise InputError(f"{where}, row {number}: its prompt is empty, and this tokenizer puts nothing before it")
 
 
 # --- accuracy
@@ -126,7 +108,7 @@ def seeds_of(seed: int, problems: int, num_samples: int = 1) -> list[list[int]]:
 
 
 def evaluate(
-    decoder: Decoder,
+    model: Transformer,
     tokenizer: Tokenizer,
     rows: list[dict],
     *,
@@ -142,8 +124,8 @@ def evaluate(
     done: list[dict] | None = None,
     keep: Callable[[list[dict]], None] | None = None,
 ) -> tuple[dict, list[dict]]:
-    """Answer every row's prompt `num_samples` times and grade: (summary, one record per response, in the order of
-    rows).
+    """Answer every row's `prompt_ids` `num_samples` times and grade by its `answer`, if it has one: (summary, one
+    record per response, in the order of rows).
 
     done: records of an earlier, interrupted call with the same arguments, which are taken as they are. keep(records) is
     called with new ones as they come, some hundreds at a time. A response depends on its own seed alone, so neither
@@ -151,26 +133,24 @@ def evaluate(
     `summarize` for the summary; `seconds` is this call's.
     """
     start, timeouts = time.perf_counter(), Verifier.timeouts
-    encoded = [tokenizer.encode_prompt(row["prompt"]) for row in rows]
-    if not all(encoded):
-        raise InputError(f"problem {encoded.index([])}: its prompt is empty")
     seeds = seeds_of(seed, len(rows), num_samples)
     mine, have = [], {(r["problem"], r["sample"]) for r in done or []}
     waiting = [(i, k) for i in range(len(rows)) for k in range(num_samples) if (i, k) not in have]
-    waiting.sort(key=lambda place: -len(encoded[place[0]]))  # prompts of one length are read together
+    waiting.sort(key=lambda place: -len(rows[place[0]]["prompt_ids"]))  # prompts of one length are read together
     waiting = waiting[rank() :: world()]
     at_once = max(1, 512 // num_samples) * num_samples
     for part in (waiting[n : n + at_once] for n in range(0, len(waiting), at_once)):
         rollout = generate(
-            decoder, [encoded[i] for i, _ in part], max_new_tokens, stop_ids, temperature, top_k, top_p,
+            model, [rows[i]["prompt_ids"] for i, _ in part], max_new_tokens, stop_ids, temperature, top_k, top_p,
             seeds=[seeds[i][k] for i, k in part], slots=slots, progress=progress and rank() == 0,
         )
         new = []
         for n, (i, k) in enumerate(part):
-            text, answer = tokenizer.decode(rollout.text_ids(n)), rows[i]["answer"]
+            text, answer = tokenizer.decode(rollout.text_ids(n)), rows[i].get("answer")
             new.append({
                 "problem": i, "sample": k, "prompt": rows[i]["prompt"], "answer": answer, "response": text,
-                "ids": rollout.response(n), "extracted": extract_answer(text), "correct": is_correct(text, answer),
+                "ids": rollout.response(n), "extracted": extract_answer(text),
+                "correct": answer is not None and is_correct(text, answer),
                 "finished": bool(rollout.finished[n]), "tokens": int(rollout.lens[n]),
             })
         mine += new
@@ -186,20 +166,18 @@ def evaluate(
 def summarize(records: list[dict], num_samples: int) -> dict[str, float]:
     """Of records in the order of problems, `num_samples` for each: accuracy (the mean over problems of the share of
     right samples, avg@k) with low and high (95% over problems: Wilson's for one sample, else by bootstrap), finish
-    (share of responses ended by themselves), accuracy_given_finish (None if none ended), no_answer, capped, mean_len,
-    rms_len, median_len, len_95 (tokens)."""
+    (share of responses ended by themselves), accuracy_given_finish (None if none ended), no_answer, mean_len,
+    median_len, len_95 (tokens)."""
     n, ended = len(records), [r for r in records if r["finished"]]
     right = [sum(r["correct"] for r in records[i : i + num_samples]) for i in range(0, n, num_samples)]
-    shares = [r / num_samples for r in right]
-    low, high = wilson(sum(right), n) if num_samples == 1 else bootstrap(shares)
+    low, high = wilson(sum(right), n) if num_samples == 1 else bootstrap([r / num_samples for r in right])
     lens = torch.tensor([float(r["tokens"]) for r in records])
     return {
         "accuracy": sum(right) / n, "low": low, "high": high,
         "finish": len(ended) / n,
         "accuracy_given_finish": sum(r["correct"] for r in ended) / len(ended) if ended else None,
-        "no_answer": sum(r["extracted"] is None for r in records) / n, "capped": 1 - len(ended) / n,
-        "mean_len": lens.mean().item(), "rms_len": lens.square().mean().sqrt().item(),
-        "median_len": lens.median().item(), "len_95": lens.quantile(0.95).item(),
+        "no_answer": sum(r["extracted"] is None for r in records) / n,
+        "mean_len": lens.mean().item(), "median_len": lens.median().item(), "len_95": lens.quantile(0.95).item(),
     }
 
 
@@ -216,69 +194,59 @@ def by_position(values: Tensor, position: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def score(
-    rollout: Rollout, student: Decoder, teacher: Decoder, *, stop_ids: tuple[int, ...], temperature: float = 1.0,
-    micro_tokens: int = 8192,
+    rollout: Rollout, student: Transformer, teacher: Transformer, *, seen: Rollout | None = None,
+    stop_ids: tuple[int, ...] = (), temperature: float = 1.0, micro_tokens: int = 8192,
 ) -> dict[str, Tensor]:
-    """Per response token, in the order of micro_batches: its position, and the statistics of distill_loss; float64."""
+    """Per supervised token, in the order of micro_batches: its position, and the statistics of distill_loss; float64.
+    seen: the same responses as the teacher reads them, behind its own prompts."""
     stats: dict[str, list] = {}
-    for tokens, mask, position in rollout.micro_batches(micro_tokens):
-        tokens, mask, there = tokens.to(student.device), mask.to(student.device), teacher.device
-        hidden_t = teacher(tokens[:, :-1].to(there))[mask.to(there)].to(student.device)
+    for rows in rollout.micro_batches(micro_tokens):
+        tokens, at, targets, position = rollout.part(rows, student.device)
+        tokens_t, at_t, _, _ = (seen or rollout).part(rows, teacher.device)
+        hidden_s, hidden_t = student(tokens).flatten(0, 1)[at], teacher(tokens_t).flatten(0, 1)[at_t]
         _, found = distill_loss(
-            student(tokens[:, :-1])[mask], student.head, hidden_t, teacher.head.to(student.device),
-            temperature=temperature, targets=tokens[:, 1:][mask], stop_ids=stop_ids,
+            hidden_s, student.head, hidden_t.to(student.device), teacher.head.to(student.device),
+            temperature=temperature, targets=targets, stop_ids=stop_ids,
         )
         for name, x in {**found, "position": position}.items():
             stats.setdefault(name, []).append(x.double().cpu())
     return {name: torch.cat(xs) for name, xs in stats.items()}
 
 
-def measure_kl(
-    rollout: Rollout, student: Decoder, teacher: Decoder, *, stop_ids: tuple[int, ...], temperature: float = 1.0,
-    micro_tokens: int = 8192,
-) -> dict:
-    """Reverse KL from student to teacher, in nats per token, over whole responses that the student sampled, whatever
-    prefix was trained, so that `kl_by_position` shows what happens to the tail. Returns kl, kl_by_position,
-    response_len, finish."""
-    stats = score(rollout, student, teacher, stop_ids=stop_ids, temperature=temperature, micro_tokens=micro_tokens)
-    return {"kl": stats["kl"].mean().item(), "kl_by_position": by_position(stats["kl"], stats["position"]),
-            "response_len": rollout.lens.double().mean().item(), "finish": rollout.finished.double().mean().item()}
-
-
-# --- what train.py asks before and during a run; config is its Config
+# --- before a run
 
 
 @torch.no_grad()
-def preflight(pair: Pair, prompts: list[str], config) -> list[str]:
+def preflight(pair: Pair, rows: list[dict], prefix_len: int, temperature: float, seed: int) -> list[str]:
     """Check a pair before it is trained: lines to print, in plain language, the warnings last.
 
     A few prompts are answered by the student, and both models are asked two questions that betray most mismatches: what
     should come first, and how likely is each stop token where the student stopped?
     """
     lines, warnings, tokenizer, teacher_tokenizer = [], [], pair.tokenizer, pair.teacher_tokenizer
-    cap = min(config.prefix_len, 2048)
+    cap, models = min(prefix_len, 1024), (pair.sampler, pair.teacher)
 
     def spell(i: int) -> str:
         return f"{i} {tokenizer.decode([i])!r}"
 
-    encoded = [tokenizer.encode_prompt(p) for p in prompts]
-    lines.append(f"prompt as both models see it: {tokenizer.decode(encoded[0])!r}")
-    rendered = teacher_tokenizer.encode_prompt(prompts[0])
-    if rendered != encoded[0]:
+    prompts = [row["prompt_ids"] for row in rows]
+    lines.append(f"prompt as both models see it: {tokenizer.decode(prompts[0])!r}")
+    rendered = teacher_tokenizer.encode_prompt(rows[0]["prompt"])
+    if rendered != prompts[0]:
         warnings.append(
             "template mismatch: the teacher's own chat template would render this prompt as "
             f"{teacher_tokenizer.decode(rendered)!r}. A teacher scores badly what it was not trained to read; "
             "compare --chat on and --chat off, or give the student the teacher's template"
         )
 
-    rollout = generate(pair.decoder, encoded, cap, pair.stop_ids, config.temperature,
-                       seeds=[config.seed + i for i in range(len(encoded))])
+    rollout = generate(pair.sampler, prompts, cap, pair.stop_ids, temperature,
+                       seeds=[seed + i for i in range(len(prompts))])
     first, last, ended = [], [], []  # (2, vocab) log-probabilities of student and teacher at a response's two ends
-    for i, prompt in enumerate(encoded):
+    for i, prompt in enumerate(prompts):
         row = torch.tensor([prompt + rollout.response(i)[:-1]])
-        hidden = [m(row.to(m.device))[0, [len(prompt) - 1, -1]] for m in (pair.decoder, pair.teacher)]  # (2 places, H)
-        log_p = torch.stack([(h @ m.head[: pair.vocab].T).float().log_softmax(-1).cpu()
-                             for h, m in zip(hidden, (pair.decoder, pair.teacher))])  # (2 models, 2 places, vocab)
+        hidden = [model(row.to(model.device))[0, [len(prompt) - 1, -1]] for model in models]  # (2 places, H)
+        log_p = torch.stack([(h @ model.head[: pair.vocab].T).float().log_softmax(-1).cpu()
+                             for h, model in zip(hidden, models)])  # (2 models, 2 places, vocab)
         first.append(log_p[:, 0])
         if rollout.finished[i]:
             last.append(log_p[:, 1])
@@ -293,11 +261,11 @@ def preflight(pair: Pair, prompts: list[str], config) -> list[str]:
         opener = int(a.argmax())
         text = tokenizer.decode([opener])
         if text in tokenizer.special and opener not in pair.stop_ids and a[opener] > 0.5 and b[opener] < 0.1:
-            seen = f"{text!r} ({a[opener]:.2f}), the {reader} does not ({b[opener]:.1e})"
+            found = f"{text!r} ({a[opener]:.2f}), the {reader} does not ({b[opener]:.1e})"
             warnings.append(
-                f"thinking-mode mismatch: the {writer} opens with {seen}. Choose --thinking off, or a pair of one mode"
+                f"thinking-mode mismatch: the {writer} opens with {found}. Choose --thinking off, or a pair of one mode"
                 if "think" in text else
-                f"template mismatch: the {writer} expects {seen}, so the prompt probably lacks a part of the "
+                f"template mismatch: the {writer} expects {found}, so the prompt probably lacks a part of the "
                 f"{writer}'s template. See --chat"
             )
     stops = f"stops: {len(ended)} of {len(prompts)} responses ended within {cap:,} tokens"
@@ -309,58 +277,12 @@ def preflight(pair: Pair, prompts: list[str], config) -> list[str]:
         if preferred != used and q[preferred] > 100 * q[used]:
             warnings.append(
                 f"stop mismatch: the student ends with {spell(used)}, the teacher with {spell(preferred)}. " + (
-                    "They are one class in the loss, so this costs nothing" if config.stop_class else
+                    "They are one class in the loss, so this costs nothing" if pair.stop_class else
                     "Every stop will be punished and responses will run to the cap: leave --stop_class on")
             )
     lines.append(stops)
-    if cap == config.prefix_len and config.window == "prefix":
-        cut = len(prompts) - len(ended)
-        lines.append(f"--prefix_len {cap} cuts {cut} of these {len(prompts)} responses" + (
-            "" if cut else ": all of them end before it, so this is plain on-policy distillation"))
     lines.append(f"the first response:\n{shorten(tokenizer.decode(rollout.text_ids(0)), 12)}")
     return lines + [f"WARNING: {w}" for w in warnings]
-
-
-def examine(pair: Pair, test: list[dict], config, run: Run) -> None:
-    """Measure the student, and before the first step the teacher, on held-out problems: log it, say it in a line, and
-    show one response. A student is measured greedily, sampled, and by its KL to the teacher on what it sampled."""
-    jobs = [("student", "greedy", 0.0), ("student", "sampled", config.temperature)]
-    if run.step == 0 and isinstance(pair.teacher, Decoder):
-        jobs = [("teacher", "greedy", 0.0), *jobs]
-    done = {(r["eval"], r["kind"]) for r in run.records() if "eval" in r and r["step"] == run.step}  # before a kill
-    jobs, said, shown, sampled = [job for job in jobs if job[:2] not in done], [], "", None
-    for who, kind, temperature in jobs if config.eval_problems else ():
-        found, records = evaluate(
-            pair.teacher if who == "teacher" else pair.decoder, pair.tokenizer, test[: config.eval_problems],
-            max_new_tokens=config.max_new_tokens, stop_ids=pair.stop_ids, temperature=temperature, progress=True,
-            slots=config.eval_batch_size,
-        )
-        run.write({"step": run.step, "eval": who, "kind": kind, **found})
-        said.append(f"{who}'s {kind} accuracy {found['accuracy']:.3f}")
-        if (who, kind) == ("student", "greedy"):
-            shown = shorten(records[0]["response"], 12)
-        if (who, kind) == ("student", "sampled"):
-            sampled = [r["ids"] for r in records]
-    if config.eval_kl and pair.teacher is not None and ("student", "kl") not in done:
-        start = time.perf_counter()
-        prompts = [pair.tokenizer.encode_prompt(row["prompt"]) for row in test[: config.eval_kl]]
-        if sampled is None or len(sampled) < len(prompts):
-            rollout = generate(pair.decoder, prompts, config.max_new_tokens, pair.stop_ids, config.temperature,
-                               seeds=[one[0] for one in seeds_of(1337, len(prompts))], slots=config.eval_batch_size)
-        else:
-            rollout = Rollout.of(prompts, sampled[: len(prompts)], pair.stop_ids)
-        found = measure_kl(
-            rollout, pair.decoder, pair.teacher, stop_ids=pair.stop_ids if config.stop_class else (),
-            temperature=config.temperature, micro_tokens=config.micro_tokens,
-        )
-        run.write({"step": run.step, "eval": "student", "kind": "kl", **found, "seconds": time.perf_counter() - start})
-        said.append(f"held-out KL {found['kl']:.4f} nats a token")
-    pair.decoder.cache = None  # larger than a training step's
-    if isinstance(pair.teacher, Decoder):
-        pair.teacher.cache = None
-    print(f"step {run.step}: {', '.join(said)}")
-    if shown:
-        print(f"its greedy response to the first problem:\n{shown}")
 
 
 # --- the command line
@@ -396,19 +318,33 @@ class Config:
     device: str = flag("", "cpu, cuda, ...; empty chooses")
 
 
+def load_models(config: Config, teacher: str = "", need: tuple[str, ...] = ("prompt",)):
+    """(models of --model by path, the teacher, tokenizer, stop ids, rows of --data with their prompt_ids)"""
+    check_flags(config)
+    paths = (config.model or embedded_model(config.data, "student", "model")).split(",")
+    folders, device = [checkpoint_folder(path) for path in paths], choose_device(config.device)
+    as_trained(config, folders[-1])
+    rows = load_jsonl(resolve(config.data, "test"), need)
+    for folder in reversed(folders):  # each must agree with the teacher on every id
+        tokenizer, _, vocab, stop_ids = load_tokenizers(
+            folder, teacher, chat=config.chat, system=config.system, thinking=config.thinking,
+            stop_tokens=config.stop_tokens)
+    encode_prompts(rows, tokenizer, f"--data {config.data}")
+    models = {path: Transformer.for_reading(path, device, vocab) for path in paths}
+    teacher = Transformer.for_reading(teacher, device, vocab) if teacher else None
+    for model in filter(None, (*models.values(), teacher)):
+        fit_cap(config, "max_new_tokens", [row["prompt_ids"] for row in rows], model.config.max_position_embeddings)
+    return models, teacher, tokenizer, stop_ids, rows
+
+
 def main(config: Config) -> None:
     """Accuracy of one model on one data set."""
     join()
-    check_flags(config)
     check_out(config.out, ".json")
-    path = config.model or embedded_model(config.data, "student", "model")
-    folder, device = checkpoint_folder(path), choose_device(config.device)
-    as_trained(config, folder)
-    rows = load_jsonl(resolve(config.data, "test"))[: config.num_problems or None]
-    tokenizer, _, vocab, stop_ids = load_tokenizers(config, folder, "")
-    decoder = Decoder.from_pretrained(path, device, torch.bfloat16 if device.type == "cuda" else torch.float32, vocab)
+    models, _, tokenizer, stop_ids, rows = load_models(config, need=("prompt", "answer"))
+    (path, model), rows = next(iter(models.items())), rows[: config.num_problems or None]
     file = Path(config.out).with_suffix(".jsonl") if config.out else None
-    done = gather(kept_responses(config, folder) if file is not None and rank() == 0 else [])[0]
+    done = gather(kept_responses(config, file, checkpoint_folder(path)) if file and rank() == 0 else [])[0]
 
     def keep(records: list[dict]) -> None:
         if file is not None:
@@ -416,10 +352,10 @@ def main(config: Config) -> None:
                 f.writelines(json.dumps({k: v for k, v in r.items() if k != "ids"}) + "\n" for r in records)
 
     found, records = evaluate(
-        decoder, tokenizer, rows, max_new_tokens=config.max_new_tokens, stop_ids=stop_ids,
+        model, tokenizer, rows, max_new_tokens=config.max_new_tokens, stop_ids=stop_ids,
         temperature=config.temperature, top_k=config.top_k or None, top_p=config.top_p, num_samples=config.num_samples,
         slots=config.batch_size, seed=config.seed, progress=True, keep=keep,
-        done=[r for r in done if 0 <= r["problem"] < len(rows) and r["prompt"] == rows[r["problem"]]["prompt"]],
+        done=[r for r in done if r["problem"] < len(rows) and r["prompt"] == rows[r["problem"]]["prompt"]],
     )
     print(f"the response to the first problem:\n{shorten(records[0]['response'], 24)}\n\n"
           f"{path} on {config.data}: {len(rows)} problems, answers to each: {config.num_samples}, temperature "
@@ -428,15 +364,11 @@ def main(config: Config) -> None:
           f"\nP(finish) {found['finish']:.3f}, accuracy if finished {found['accuracy_given_finish'] or 0:.3f}, "
           f"without an answer {found['no_answer']:.3f}\n"
           f"length: mean {found['mean_len']:.1f}, median {found['median_len']:.0f}, "
-          f"95% below {found['len_95']:.0f} tokens; cut at {config.max_new_tokens}: {found['capped']:.3f}")
+          f"95% below {found['len_95']:.0f} tokens; cut at {config.max_new_tokens}: {1 - found['finish']:.3f}")
     if config.out and rank() == 0:
         text = json.dumps({"config": asdict(config), "summary": found}, indent=1)
         Path(config.out).write_text(text + "\n", encoding="utf-8")
         print(f"written: {config.out}, and response by response {file}")
-
-
-RECORD = {"problem": int, "prompt": str, "correct": bool, "sample": int, "response": str, "finished": bool,
-          "tokens": int, "extracted": (str, type(None))}  # what is read again of a response that was kept
 
 
 def check_out(out: str, suffix: str) -> None:
@@ -446,16 +378,15 @@ def check_out(out: str, suffix: str) -> None:
         raise InputError(f"--out {out}: expected a {suffix} file in a folder that exists")
 
 
-def kept_responses(config: Config, folder: Path) -> list[dict]:
+def kept_responses(config: Config, file: Path, folder: Path) -> list[dict]:
     """Responses of an earlier evaluation that was interrupted. The first line of the file says what they depend on, and
     must be the same."""
     free = ("out", "device", "batch_size", "model", "num_problems", "teacher", "lens", "index", "micro_tokens",
             "stop_class")  # responses do not depend on these
-    file = Path(config.out).with_suffix(".jsonl")
     made = {k: v for k, v in asdict(config).items() if k not in free}
     made |= {"on cuda": choose_device(config.device).type == "cuda", "weights": fingerprint(folder)}
     records = read_log(file) if file.is_file() else [made]
-    if records[:1] != [made] or not all(isinstance(r.get(k), kind) for r in records[1:] for k, kind in RECORD.items()):
+    if records[:1] != [made]:
         raise InputError(f"--out: {file} exists and holds something else, or responses made with other flags or "
                          "weights: name another file, or delete it")
     file.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")  # without a torn line
@@ -467,47 +398,33 @@ def kept_responses(config: Config, folder: Path) -> list[dict]:
 # --- the paper's observations: each returns what its picture in data/plots.py shows
 
 
-def load_models(config: Config):
-    """(students by path, teacher, tokenizer, stop ids, rows with their encoded prompts)"""
-    check_flags(config)
-    if "temperature" not in config.typed:
-        config.temperature = 1.0
-    paths = (config.model or embedded_model(config.data, "student", "model")).split(",")
-    folders, device = [checkpoint_folder(path) for path in paths], choose_device(config.device)
-    as_trained(config, folders[-1])
+def load_students(config: Config, need: tuple[str, ...] = ("prompt",)):
+    """As load_models, with a teacher, and sampling at temperature 1 unless another was asked for."""
+    config.temperature = config.temperature if "temperature" in config.typed else 1.0
     config.teacher = config.teacher or embedded_model(config.data, "teacher", "teacher")
-    for folder in reversed(folders):  # each must agree with the teacher on every id
-        tokenizer, _, vocab, stop_ids = load_tokenizers(config, folder, config.teacher)
-    rows = load_jsonl(resolve(config.data, "test"), need=("prompt",))
-    if config.index >= len(rows):
-        raise InputError(f"--index {config.index}: the data has rows 0 to {len(rows) - 1}")
-    for row in rows:
-        row["prompt_ids"] = tokenizer.encode_prompt(row["prompt"])
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    students = {path: Decoder.from_pretrained(path, device, dtype, vocab) for path in paths}
-    return students, Decoder.from_pretrained(config.teacher, device, dtype, vocab), tokenizer, stop_ids, rows
+    return load_models(config, config.teacher, need)
 
 
-def sample_responses(decoder: Decoder, prompts: list[list[int]], config: Config, stop_ids, given: int = 0) -> Rollout:
+def sample_responses(model: Transformer, prompts: list[list[int]], config: Config, stop_ids, given: int = 0) -> Rollout:
     """Responses; `given` of their tokens stand in the prompts already, and count towards the cap."""
-    return generate(decoder, prompts, config.max_new_tokens - given, stop_ids, config.temperature, progress=True,
+    return generate(model, prompts, config.max_new_tokens - given, stop_ids, config.temperature, progress=True,
                     seeds=[config.seed + i for i in range(len(prompts))], slots=config.batch_size)
 
 
 def positions(config: Config) -> dict:
     """KL, both entropies and top-1 agreement by response position, with 95% bands of the mean (tokens taken as
     independent), by thirds of an octave; thirds with fewer than 10 tokens are omitted."""
-    students, teacher, _, stop_ids, rows = load_models(config)
+    students, teacher, _, stop_ids, rows = load_students(config)
     prompts, curves = [row["prompt_ids"] for row in rows[: config.num_problems or 200]], {}
     edges = torch.tensor(sorted({round(2 ** (i / 3)) for i in range(3 * 20)}))
     for name, student in students.items():
         rollout = sample_responses(student, prompts, config, stop_ids)
         stats = score(rollout, student, teacher, stop_ids=stop_ids if config.stop_class else (),
-                      micro_tokens=config.micro_tokens)
+                      temperature=config.temperature or 1.0, micro_tokens=config.micro_tokens)
         at = stats["position"].long()
         total = stats["kl"].sum()
-        print(f"{name}: KL {stats['kl'].mean():.4f} nats a token over {len(at):,} tokens; share of all KL in the first "
-              + ", ".join(f"{n}: {stats['kl'][at < n].sum() / total:.0%}" for n in (1, 4, 16, 64, 256, 1024))
+        print(f"{name}: KL {stats['kl'].mean():.4f} nats per token over {len(at):,} tokens; share of all KL in the "
+              "first " + ", ".join(f"{n}: {stats['kl'][at < n].sum() / total:.0%}" for n in (1, 4, 16, 64, 256, 1024))
               + f" tokens; the student's perplexity {stats['student_logprob'].mean().neg().exp():.3f}")
         bins = torch.bucketize(at + 1, edges, right=True) - 1
         shown = [b for b in bins.unique().tolist() if (bins == b).sum() >= min(10, len(prompts))]
@@ -522,14 +439,12 @@ def positions(config: Config) -> dict:
 
 def teacher_prefix(config: Config) -> dict:
     """Accuracy of each student after k tokens of the teacher's."""
-    students, teacher, tokenizer, stop_ids, rows = load_models(config)
-    rows, curves = rows[: config.num_problems or 200], {}
     try:
         lens = sorted({int(n) for n in config.lens.split(",")})
     except ValueError:
         raise InputError(f"--lens {config.lens}: expected numbers with commas between them") from None
-    if any("answer" not in row for row in rows):
-        raise InputError(f"--data {config.data}: teacher_prefix grades answers, and a row has none")
+    students, teacher, tokenizer, stop_ids, rows = load_students(config, ("prompt", "answer"))
+    rows, curves = rows[: config.num_problems or 200], {}
     prompts = [row["prompt_ids"] for row in rows]
     given = sample_responses(teacher, prompts, config, stop_ids)
     for (name, student), k in itertools.product(students.items(), lens):
@@ -552,12 +467,14 @@ def teacher_prefix(config: Config) -> dict:
 def tokens(config: Config) -> dict:
     """One response of each student, token by token: its KL, both models' probability of it, and the three tokens that
     each finds most likely. "cuts": where the prefix ends, for the checkpoint of a run."""
-    students, teacher, tokenizer, stop_ids, rows = load_models(config)
+    students, teacher, tokenizer, stop_ids, rows = load_students(config)
+    if config.index >= len(rows):
+        raise InputError(f"--index {config.index}: the data has rows 0 to {len(rows) - 1}")
     row, pages, cuts, merged = rows[config.index], {}, {}, list(stop_ids) if config.stop_class else []
 
-    def preferred(model: Decoder, ids: list[int], start: int) -> list[list[tuple[str, float]]]:
-        found = []
-        for hidden in model(torch.tensor([ids], device=model.device))[0, start:].split(256):
+    def preferred(model: Transformer, rollout: Rollout) -> list[list[tuple[str, float]]]:
+        found, (ids, at, _, _) = [], rollout.part(torch.tensor([0]), model.device)
+        for hidden in model(ids)[0, at].split(256):
             p = model.logits(hidden).softmax(-1)
             p[:, merged[:1]], p[:, merged[1:]] = p[:, merged].sum(1, keepdim=True), 0  # one class, as in the KL
             chance, token = (x.tolist() for x in p.topk(3))
@@ -566,13 +483,13 @@ def tokens(config: Config) -> dict:
 
     for name, student in students.items():
         rollout = sample_responses(student, [row["prompt_ids"]], config, stop_ids)
-        stats, ids = score(rollout, student, teacher, stop_ids=merged), rollout.response(0)
-        tops = [preferred(m, row["prompt_ids"] + ids[:-1], len(row["prompt_ids"]) - 1) for m in (student, teacher)]
+        stats = score(rollout, student, teacher, stop_ids=merged)
+        numbers = zip(rollout.response(0), *(stats[k].tolist() for k in ("kl", "student_logprob", "teacher_logprob")),
+                      preferred(student, rollout), preferred(teacher, rollout))
         pages[name] = [
             {"text": tokenizer.decode([i]), "kl": kl, "student": math.exp(log_p), "teacher": math.exp(log_q),
              "student_top": student_top, "teacher_top": teacher_top}
-            for i, kl, log_p, log_q, student_top, teacher_top in zip(ids, *(stats[k].tolist() for k in (
-                "kl", "student_logprob", "teacher_logprob")), *tops)
+            for i, kl, log_p, log_q, student_top, teacher_top in numbers
         ]
         state = checkpoint_folder(name) / "state.json"
         run = read_json(state).get("config", {}) if state.is_file() else {}

@@ -47,6 +47,7 @@ import torch
 from torch import Tensor
 
 LOSSES = ("reverse_kl", "topk_reverse_kl", "forward_kl", "jsd", "sampled_kl", "cross_entropy")
+CHUNK_ROWS = 256  # rows handled at once: see `chunk_rows`
 FAR = -1e30  # the logit of a token that was merged into another: probability 0, and finite, so that 0 * FAR is 0
 
 
@@ -65,7 +66,7 @@ def distill_loss(
     targets: Tensor | None = None,
     stop_ids: tuple[int, ...] = (),
     vocab: int | None = None,
-    chunk_rows: int = 256,
+    chunk_rows: int = CHUNK_ROWS,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of a divergence over N rows, differentiable in hidden_s and head_s, and statistics of every row.
 
@@ -198,7 +199,7 @@ def value_and_gradient(
     z_max, top = z.max(-1, keepdim=True)  # (b, 1), the student's most likely token
     z -= z_max
     p = z.exp()  # at most 1
-    Z_s = add_up(p)
+    Z_s = sum_wide(p)
     p, log_Z_s = p.div_(Z_s.to(p.dtype)), Z_s.log()  # log p = z - log_Z_s
     stats = {"student_entropy": log_Z_s - dot(p, z)}
     if y is not None:
@@ -208,7 +209,7 @@ def value_and_gradient(
         t -= at_top
         t_max, t_top = t.max(-1, keepdim=True)
         q = (t - t_max).exp_()
-        Z_t = add_up(q)
+        Z_t = sum_wide(q)
         q, log_Z_t = q.div_(Z_t.to(q.dtype)), Z_t.log() + t_max  # log q = t - log_Z_t
         stats["teacher_entropy"] = log_Z_t - dot(q, t)
         stats["agree"] = t_top == top
@@ -253,14 +254,14 @@ def value_and_gradient(
     return stats
 
 
-def add_up(x: Tensor) -> Tensor:
+def sum_wide(x: Tensor) -> Tensor:
     """(b, V) -> (b, 1), in float64, since the difference of two such sums may be tiny."""
     return x.sum(-1, keepdim=True, dtype=torch.float64)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """(b, V), (b, V) -> (b, 1), row by row, likewise."""
-    return add_up(a * b)
+    return sum_wide(a * b)
 
 
 def balance(dz: Tensor, ids: Tensor) -> None:

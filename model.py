@@ -1,22 +1,22 @@
 """A decoder-only transformer that reads and writes Hugging Face checkpoints of the Qwen2/2.5, Qwen3 and Llama families.
 
 The module tree spells the Hugging Face parameter names (`model.layers.0.self_attn.q_proj.weight`, ...), so a checkpoint
-is loaded and saved without a table of names. `forward` reads whole sequences and returns hidden states, not logits: the
-head is a (V, H) matrix that sampling applies to one position a row and the loss applies chunk by chunk, so that a
-(B, T, V) tensor never exists. Writing token by token, with a KV cache, is sample.py's.
+is loaded and saved without a table of names. There is one `forward`: whole sequences in training, and, given a KV cache
+(sample.py), the newest tokens of some. It returns hidden states, not logits: the head is a (V, H) matrix that sampling
+applies to one position per row and the loss applies chunk by chunk, so that a (B, T, V) tensor never exists.
 
     model = Transformer.from_pretrained("data/chains/teacher")
     hidden = model(tokens)                 # (B, T) -> (B, T, H)
     logits = hidden @ model.head.T         # (B, T, V), for those who can afford it
 
 Read in this order: RMSNorm, rotary embedding, Attention, MLP, Block, Transformer; then how a large one is sharded, what
-a model costs, and which configurations and folders are accepted.
+a model costs, and which device it runs on.
 """
 
-import difflib
 import math
 import os
-import reprlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data import HERE, InputError, read_json
-from data.ranks import world
+from data import InputError
+from data.checkpoint import check_config, checkpoint_folder, head_dim_of, load_config, weight_files
+from data.ranks import full, world
 
 
 class RMSNorm(nn.Module):
@@ -41,9 +42,9 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(config) -> tuple[Tensor, float]:
-    """The rotary frequencies, float32 (D/2,), in radians a token, and a factor on cos and sin.
+    """The rotary frequencies, float32 (D/2,), in radians per token, and a factor on cos and sin.
 
-    Pair i of features turns by theta^(-2i/D) a token. The scaling kinds slow down the pairs that turn so slowly that
+    Pair i of features turns by theta^(-2i/D) per token. The scaling kinds slow down the pairs that turn so slowly that
     they did not complete a turn in the context of pretraining, so that longer contexts show them no angle they have not
     seen: linear divides all frequencies alike; llama3 divides the slow ones, keeps the fast ones and interpolates
     between, by wavelength; yarn (arXiv 2309.00071) the same by feature index, and sharpens attention by the factor.
@@ -95,33 +96,36 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every token sees itself and what stands before it: (B, heads, T, D) -> (B, heads, T, D)."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
 class Attention(nn.Module):
-    """Causal self-attention with grouped heads: each key and value head serves several query heads."""
+    """Self-attention with grouped heads: each key and value head serves several query heads."""
 
     def __init__(self, config):
         super().__init__()
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = D = head_dim_of(config)
+        q_size, kv_size = config.num_attention_heads * D, config.num_key_value_heads * D
         bias = config.model_type == "qwen2" or bool(getattr(config, "attention_bias", False))
         out_bias = config.model_type != "qwen2" and bias  # Qwen2 has biases on q, k and v but not on o
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * D, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * D, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * D, bias=bias)
-        self.o_proj = nn.Linear(self.heads * D, config.hidden_size, bias=out_bias)
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=out_bias)
         if config.model_type == "qwen3":  # QK-norm: each head's query and key are normalised before they are rotated
             self.q_norm, self.k_norm = RMSNorm(D, config.rms_norm_eps), RMSNorm(D, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable = causal) -> Tensor:
+        """attend: from q (B, heads, T, D), k and v (B, kv_heads, T, D), rotated, to what each query reads."""
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.heads, self.head_dim)
-        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        q, k, v = (t.transpose(1, 2).to(v.dtype) for t in (q, k, v))  # (B, heads, T, D); autocast leaves q, k wider
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))
+        y = attend(*(t.transpose(1, 2).to(v.dtype) for t in (q, k, v)))  # autocast leaves q and k wider than v
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -146,8 +150,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable = causal) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -158,8 +162,10 @@ class Transformer(nn.Module):
         super().__init__()
         check_config(config)
         self.config = config
+        self.vocab = config.vocab_size  # the tokenizer may have fewer ids; rows of the head beyond them are padding
         self.frequencies, self.rope_scale = rope_frequencies(config)  # not parameters, and not in the checkpoint
         self.recompute = False  # compute activations again in backward: less memory, a third more FLOP
+        self.cache = self.graphs = None  # sample.py keeps its KV cache and CUDA graphs here between calls
         self.model = nn.Module()  # the Hugging Face trees put everything but the head under "model."
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -176,20 +182,35 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.head.device
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Hidden states after the final norm: tokens (B, T) -> (B, T, H). Every token sees itself and what stands
-        before it in its row, so rows of different lengths are padded on the right, where padding is not seen."""
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache=None) -> Tensor:
+        """Hidden states after the final norm: tokens (B, T) -> (B, T, H).
+
+        Every token sees itself and what stands before it in its row, so rows of different lengths are padded on the
+        right, where padding is not seen. positions (B, T): by default 0, 1, 2, ... cache: sample.py's KVCache; the
+        tokens' keys and values are written to it, and what it holds of their rows is seen.
+        """
         x = self.model.embed_tokens(tokens)
         if self.frequencies.device != tokens.device:
             self.frequencies = self.frequencies.to(tokens.device)
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        cos, sin = rope_tables(positions, self.frequencies, self.rope_scale, x.dtype)  # (T, 1, D)
-        for block in self.model.layers:
-            if self.recompute and torch.is_grad_enabled():
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        cos, sin = rope_tables(positions, self.frequencies, self.rope_scale, x.dtype)  # (T, 1, D) or (B, T, 1, D)
+        for layer, block in enumerate(self.model.layers):
+            if cache is not None:
+                x = block(x, cos, sin, partial(cache.attend, layer))
+            elif self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
                 x = block(x, cos, sin)
         return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of real tokens, to sample from: (n, H) -> (n, vocab), in float32 or wider, since rounded to half precision
+        likely tokens would tie."""
+        head = self.head[: self.vocab]
+        if hidden.is_cuda and hidden.dtype.itemsize < 4:
+            return torch.mm(hidden, head.T, out_dtype=torch.float32)
+        return F.linear(hidden, head).to(torch.promote_types(hidden.dtype, torch.float32))
 
     def initialize(self, seed: int) -> "Transformer":
         """Fresh weights from a seed, for training from scratch.
@@ -213,52 +234,56 @@ class Transformer(nn.Module):
     def from_pretrained(cls, path: str, device="cpu", dtype: torch.dtype = torch.float32) -> "Transformer":
         """Load a checkpoint: a folder, or the name of a repository on the Hugging Face hub. Safetensors only.
 
-        The model is built on the meta device and filled tensor by tensor from memory-mapped files, so peak memory is
-        one copy of the weights. Raises InputError when the folder is no checkpoint, the architecture is not supported,
-        or a tensor is missing, unknown or of the wrong shape.
+        Tensors are read one by one from memory-mapped files, and the model is built around them, so peak memory is one
+        copy of the weights. Raises InputError when the folder is no checkpoint, the architecture is not supported, or a
+        tensor is missing, unknown, of the wrong shape or not finite.
         """
-        folder = checkpoint_folder(path)
-        with torch.device("meta"):
-            model = cls(load_config(folder))
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            names = read_json(index).get("weight_map")
-            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-                raise InputError(f"{index}: expected a weight_map from tensors to files")
-            files = sorted({folder / name for name in names.values()})
-        else:
-            files = [folder / "model.safetensors"]
-        expected = dict(model.named_parameters())
-        weights = {}
-        for file in files:
-            if not file.is_file():
-                raise InputError(f"{path}: no {file.name} there (weights are read from safetensors only)")
+        folder, weights = checkpoint_folder(path), {}
+        config = load_config(folder)
+        for file in weight_files(folder):
             try:
                 with safe_open(file, framework="pt", device=str(device)) as tensors:
-                    for name in tensors.keys():  # noqa: SIM118 (not a dict, and not iterable)
-                        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-                            continue  # some tied checkpoints store the shared matrix twice
-                        if name.endswith("rotary_emb.inv_freq"):
-                            continue  # some old Llama checkpoints store what follows from the configuration
-                        if name not in expected:
-                            raise InputError(f"{file}: tensor {name} has no place in a {model.config.model_type} model")
-                        tensor = tensors.get_tensor(name)
-                        if tensor.shape != expected[name].shape:
-                            raise InputError(
-                                f"{file}: {name} has shape {tuple(tensor.shape)}, config.json asks for "
-                                f"{tuple(expected[name].shape)}"
-                            )
-                        if not tensor.isfinite().all():
-                            raise InputError(f"{file}: {name} has numbers that are not finite: the run that wrote it "
-                                             "has failed, or the file is damaged")
-                        weights[name] = tensor.to(dtype)
+                    weights |= {name: tensors.get_tensor(name).to(dtype) for name in tensors.keys()}  # noqa: SIM118
             except SafetensorError as error:
                 raise InputError(f"{file}: not a complete safetensors file ({error})") from None
-        missing = sorted(set(expected) - set(weights))
-        if missing:
+        # Some tied checkpoints store the shared matrix twice. Where the two differ, they are not tied.
+        if config.tie_word_embeddings and "lm_head.weight" in weights:
+            if torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"]):
+                del weights["lm_head.weight"]
+            else:
+                config.tie_word_embeddings = False
+        with torch.device("meta"):
+            model = cls(config)
+        expected = dict(model.named_parameters())
+        for name in list(weights):
+            if name.endswith("rotary_emb.inv_freq"):  # in some old Llama checkpoints; the configuration says the same
+                del weights[name]
+            elif name not in expected:
+                raise InputError(f"{path}: tensor {name} has no place in a {config.model_type} model")
+            elif weights[name].shape != expected[name].shape:
+                raise InputError(f"{path}: {name} has shape {tuple(weights[name].shape)}, config.json asks for "
+                                 f"{tuple(expected[name].shape)}")
+            elif not weights[name].isfinite().all():
+                raise InputError(f"{path}: {name} is not finite: the run that wrote it failed, or the file is damaged")
+        if missing := sorted(set(expected) - set(weights)):
             raise InputError(f"{path}: tensor {missing[0]} is missing (and {len(missing) - 1} more)")
         model.load_state_dict(weights, assign=True)
         return model
+
+    @classmethod
+    def for_reading(cls, path: str, device: torch.device, vocab: int, dtype: torch.dtype | None = None):
+        """A checkpoint that samples and scores but is not trained: without gradients, by default in bfloat16 on a GPU
+        and in float32 elsewhere. vocab: how many of its rows are tokens."""
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        model = cls.from_pretrained(path, device, dtype).requires_grad_(False)
+        model.vocab = vocab
+        return model
+
+    @torch.no_grad()
+    def refresh(self, trained: "Transformer") -> None:
+        """Take over the weights of a model, sharded or not, after its optimizer's step."""
+        for mine, new in zip(self.parameters(), trained.parameters()):
+            mine.copy_(full(new))
 
     def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors; transformers and vLLM load the folder as it is. weights: the whole
@@ -303,16 +328,18 @@ def shard(model: Transformer, group: int, dtype: torch.dtype) -> Transformer:
 # --- what a model costs
 
 
-def count_flops(config, new_tokens: float, pairs: float, head_rows: float) -> float:
-    """Matmul FLOP of one forward pass: 2 per weight and token, attention, and the head where it is applied.
+def count_flops(config, read: Tensor, heads: float) -> float:
+    """Matmul FLOP of one forward pass over causal rows: 2 per weight and token, attention, and the head where it is
+    applied. A backward pass costs twice its forward.
 
-    new_tokens: tokens that go through the layers. pairs: (query, key) pairs attended, summed over rows: T(T+1)/2 for a
-    causal row of T. head_rows: positions whose logits are computed. A backward pass costs twice its forward.
+    read (B,): tokens that each row feeds through the model; token t attends to t positions, so a row of T makes
+    T(T+1)/2 pairs, of 4 FLOP per layer and feature. heads: positions whose logits are computed.
     """
-    H, D, layers = config.hidden_size, head_dim_of(config), config.num_hidden_layers
-    q_size, kv_size = config.num_attention_heads * D, config.num_key_value_heads * D
+    H, layers, read = config.hidden_size, config.num_hidden_layers, read.double()
+    q_size, kv_size = (n * head_dim_of(config) for n in (config.num_attention_heads, config.num_key_value_heads))
     weights = layers * (2 * H * q_size + 2 * H * kv_size + 3 * H * config.intermediate_size)
-    return 2 * weights * new_tokens + 4 * layers * q_size * pairs + 2 * H * config.vocab_size * head_rows
+    pairs = (read * (read + 1) / 2).sum().item()
+    return 2 * weights * read.sum().item() + 4 * layers * q_size * pairs + 2 * H * config.vocab_size * heads
 
 
 def count_parameters(config) -> int:
@@ -320,69 +347,13 @@ def count_parameters(config) -> int:
         return sum(p.numel() for p in Transformer(config).parameters())
 
 
-# --- which configurations, devices and folders are accepted
-
-
-def head_dim_of(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-SIZES = {  # the numbers of config.json that say how large a model is, and the largest that are accepted
-    "num_hidden_layers": 1000, "hidden_size": 2**17, "intermediate_size": 2**20, "num_attention_heads": 2**12,
-    "num_key_value_heads": 2**12, "head_dim": 2**12, "vocab_size": 2**24, "max_position_embeddings": 2**31,
-}
-
-
-def check_sizes(fields: dict) -> None:
-    """Refuse other kinds of models, and sizes that no model has: building one of 10^9 layers would take for ever."""
-    if fields.get("model_type") not in ("llama", "qwen2", "qwen3"):
-        kind = reprlib.repr(fields.get("model_type"))
-        raise InputError(f"model_type {kind} is not supported (llama, qwen2 and qwen3 are)")
-    for name, most in SIZES.items():
-        size = fields.get(name)
-        if size is not None and not (type(size) is int and 1 <= size <= most):
-            raise InputError(f"{name} must be a whole number from 1 to {most:,}, found {reprlib.repr(size)}")
-
-
-def check_config(config) -> None:
-    """Refuse by name what the code above does not do, rather than compute something else."""
-    check_sizes({name: getattr(config, name, None) for name in ("model_type", *SIZES)})
-    if head_dim_of(config) % 2 or not head_dim_of(config):
-        raise InputError(f"head_dim must be even for the rotary embedding, found {head_dim_of(config)}")
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise InputError(f"num_attention_heads {config.num_attention_heads} must be a multiple of num_key_value_heads "
-                         f"{config.num_key_value_heads}")
-    if not 0 < config.rms_norm_eps < 1:
-        raise InputError(f"rms_norm_eps must lie between 0 and 1, found {config.rms_norm_eps}")
-    rope = config.rope_parameters or {}
-    needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-              "yarn": ("factor",)}
-    optional = ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale",
-                "mscale_all_dim")
-    kind = rope.get("rope_type", "default")
-    if not isinstance(kind, str) or kind not in needed:
-        raise InputError(f"rope_type {reprlib.repr(kind)} is not supported ({', '.join(needed)} are)")
-    for key in ("rope_theta", *needed[kind], *(key for key in optional if rope.get(key) is not None)):
-        number, least = rope.get(key), 1 if key == "rope_theta" else 1e-9
-        if not (type(number) in (int, float) and least < number < 1e15):
-            raise InputError(f"rope_type {kind!r} needs a number {key!r} above {least} and below 1e15 in the "
-                             f"configuration, found {reprlib.repr(number)}")
-    if kind == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
-        raise InputError("low_freq_factor must be below high_freq_factor")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError("partial_rotary_factor is not supported")
-    if config.hidden_act != "silu":
-        raise InputError(f"hidden_act {config.hidden_act!r} is not supported (silu is)")
-    if getattr(config, "use_sliding_window", False) or "sliding_attention" in (
-        getattr(config, "layer_types", None) or ()
-    ):
-        raise InputError("sliding-window attention is not supported")
-
-
 def choose_device(name: str) -> torch.device:
     """The device a flag names; an empty name takes the GPU where there is one, and each rank of torchrun its own.
     Raises InputError when it cannot be used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("mps"):
+        raise InputError("--device mps: cannot be used, since the loss adds in float64, which Apple's GPUs lack; the "
+                         "CPU works (--device cpu)")
     # cuDNN's attention, the first choice on recent cards, plans a kernel for every new shape: seconds at every step
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
@@ -394,50 +365,3 @@ def choose_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: cannot be used here ({reason})") from None
 
 
-def checkpoint_folder(path: str | Path, files: tuple[str, ...] = ("*.json", "*.safetensors", "*.jinja")) -> Path:
-    """The local folder of a checkpoint given as a folder, or as the name of a repository on the Hugging Face hub, of
-    which `files` are downloaded and cached."""
-    folder = Path(path)
-    if folder.is_dir():
-        steps = sorted(folder.glob("step_*")) if (folder / "log.jsonl").is_file() else []
-        if steps:
-            raise InputError(f"{path} is a run's folder; its checkpoints are {', '.join(map(str, steps))}")
-        return folder
-    there = [str(f) for f in folder.parent.glob("*") if f.is_dir()]
-    there += [os.path.relpath(f.parent) for f in HERE.glob("*/*/config.json")]
-    near = difflib.get_close_matches(str(path), there, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-        raise InputError(f"{path}: no such folder, and not the name of a hub repository (owner/name){hint}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=list(files)))
-    except (OSError, ValueError) as error:  # offline, not found, gated, disk full: the hub's own first line says which
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"{path}: not a local folder, and the hub did not give it ({reason}). Without a network, give "
-            f"the folder of a local copy{hint}"
-        ) from None
-
-
-def load_config(folder: str | Path):
-    """The transformers configuration of a checkpoint folder. Raises InputError naming config.json and what is wrong."""
-    from transformers import AutoConfig
-
-    file = Path(folder) / "config.json"
-    if not file.is_file():
-        raise InputError(f"{folder}: no config.json there, so it is not a checkpoint folder")
-    fields = read_json(file)
-    try:
-        check_sizes(fields)  # before transformers makes a list of all layers
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        for name in fields:  # transformers would let one replace a method, such as save_pretrained
-            if callable(getattr(type(config), name, None)):
-                raise InputError(f"it has a field named {name}")
-        check_config(config)
-        return config
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from None
-    except Exception as error:  # noqa: BLE001 (transformers raises whatever a field of a wrong kind leads to)
-        raise InputError(f"{file}: not a configuration ({type(error).__name__}: {error})") from None

@@ -5,23 +5,22 @@ r"""Sampling with a KV cache, by hand: the first half of an on-policy step, and 
     python sample.py --data chains --prompt $'Zed=Ivy+5\nDan=Hal-8\nIvy=31\nHal=Eve+3\nEve=14\nDan?\n'
     python sample.py --model data/chains/teacher --prompt - < problem.txt
 
-A decode step computes one new token for each of B slots. Three ideas make that enough for training (all rows at once)
-and evaluation (more rows than slots):
+A decode step computes one new token for each row in a slot of the cache. Three ideas make that enough for training (all
+rows at once) and evaluation (more rows than slots):
     1. Each row writes its keys and values at its own positions, so prompts of different lengths need no padding
        between prompt and response.
-    2. A row that ends frees its slot for the next prompt; when no prompt is waiting, the living rows close the gaps.
+    2. A row that ends leaves its slot to the next prompt; when no prompt is waiting, the other rows close the gaps.
     3. One uniform number per row and position, made from the row's seed, decides every token. So a row does not depend
        on its neighbours, the number of slots, or the cap (but for rounding, where a product's kernel depends on them).
 
-Read in this order: Rollout, KVCache, Decoder, sample_token, generate.
+Read in this order: Rollout, KVCache, sample_token, generate; CUDA graphs and the command line come last.
 """
 
 import math
-import platform
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,13 +29,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import InputError, embedded_model, load_jsonl, resolve, run_command
+from data.checkpoint import checkpoint_folder, head_dim_of
 from data.flags import check_flags, flag, parse_flags
-from data.ranks import full
 from data.tokenizer import Tokenizer, as_trained
-from model import Transformer, checkpoint_folder, choose_device, count_flops, head_dim_of, rope_tables, rotate
+from model import Transformer, causal, choose_device, count_flops
 
 PREFILL_TOKENS = 2**14  # prompts are read in groups of at most so many tokens, padding included
 LENGTH_STEP = 64  # the part of the cache that a decode step reads is rounded up to a multiple of this
+MAX_SLOTS = 256  # rows decoded at once by default: from there on twice the rows take twice as long
+
+
+def pad(rows: list[list[int]]) -> Tensor:
+    """Lists of ids as a tensor (B, longest), zeros on the right."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows])
 
 
 @dataclass
@@ -54,9 +60,7 @@ class Rollout:
     def of(cls, prompts: list[list[int]], responses: list[list[int]], stop_ids: tuple[int, ...]) -> "Rollout":
         """From lists of ids, all of each response supervised."""
         prompt_lens, lens = (torch.tensor([len(x) for x in rows]) for rows in (prompts, responses))
-        tokens = torch.zeros(len(prompts), int((prompt_lens + lens).max()), dtype=torch.long)
-        for row, prompt, response in zip(tokens, prompts, responses):
-            row[: len(prompt) + len(response)] = torch.tensor(prompt + response)
+        tokens = pad([prompt + response for prompt, response in zip(prompts, responses)])
         finished = torch.tensor([bool(r) and r[-1] in stop_ids for r in responses])
         return cls(tokens, prompt_lens, lens, finished, torch.stack((lens * 0, lens), dim=1))
 
@@ -72,15 +76,9 @@ class Rollout:
         """Ids of response i without the stop token: the part to read."""
         return self.response(i)[:-1] if self.finished[i] else self.response(i)
 
-    def micro_batches(self, micro_tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Parts of the rollout for the training forward: tokens (b, T), mask (b, T-1), position (n,).
-
-        hidden[:, i] predicts tokens[:, i + 1], so the mask marks the n positions that predict a supervised token: of a
-        whole response P-1 .. P+len-2, its own stop token included and nothing of the prompt. position counts from the
-        response's start. What follows a row's last supervised token is left out. Rows are packed longest first, at
-        most `micro_tokens` tokens together (one row at least), padding included; a row goes with none that is more
-        than twice as long, so that little of a part is padding.
-        """
+    def micro_batches(self, micro_tokens: int) -> Iterator[Tensor]:
+        """Rows (b,) to go forward and backward together: longest first, at most `micro_tokens` tokens (one row at
+        least), padding included. A row goes with none that is more than twice as long, so that little is padding."""
         ends = self.prompt_lens + self.supervised[:, 1]
         order = ends.argsort(descending=True, stable=True)
         while len(order):
@@ -88,229 +86,82 @@ class Rollout:
             similar = int((2 * ends[order] >= length).sum())
             size = max(1, min(similar, micro_tokens // length))
             rows, order = order[:size], order[size:]
-            at, start = torch.arange(length - 1), self.prompt_lens[rows, None] - 1
-            mask = (at >= start + self.supervised[rows, :1]) & (at <= ends[rows, None] - 2)
-            yield self.tokens[rows, :length], mask, (at - start)[mask]
+            yield rows
+
+    def part(self, rows: Tensor, device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a model reads of some rows (b,), and which of its hidden states count: tokens (b, T-1), at (n,), targets
+        (n,), on `device`, and position (n,), on the CPU.
+
+        hidden[i, t] predicts tokens[i, t + 1]. `at` are the indices, among all b * (T-1) hidden states, of the n that
+        predict a supervised token: of a whole response those at P-1 .. P+len-2, so its own stop token is predicted and
+        nothing of the prompt. targets are the tokens predicted; position counts from the response's start. (Indices and
+        not a mask: a GPU would have to wait to be told how many are set.)
+        """
+        if not len(rows):  # a rank without work, which takes part in the others' forward
+            return torch.zeros(1, 1, dtype=torch.long, device=device), *(torch.zeros(3, 0, dtype=torch.long))
+        ends, start = (self.prompt_lens + self.supervised[:, 1])[rows, None], self.prompt_lens[rows, None] - 1
+        tokens = self.tokens[rows, : int(ends.max())]
+        t = torch.arange(tokens.shape[1] - 1)
+        mask = (t >= start + self.supervised[rows, :1]) & (t <= ends - 2)  # (b, T-1)
+        at, targets = mask.flatten().nonzero()[:, 0], tokens[:, 1:][mask]
+        return tokens[:, :-1].to(device), at.to(device), targets.to(device), (t - start)[mask]
 
 
 class KVCache:
-    """Keys and values of every layer: (layers, slots, 2 num_kv_heads, max_len, D), the keys' heads first.
+    """Keys and values of every layer, (layers, slots, num_kv_heads, max_len, D) each. `attend` is what a forward calls
+    in place of causal attention, after `write_prompts` or `write_at` has said where its tokens go.
 
-    A position that a row has not written yet may hold what an earlier user of the slot left there; nobody sees it,
-    since a row attends up to its own last position only.
+    A position that a row has not written yet may hold what an earlier row left there; nobody sees it, since a row
+    attends up to its own last position only.
     """
 
     def __init__(self, config, slots: int, max_len: int, device, dtype):
-        self.kv_heads = config.num_key_value_heads
-        shape = (config.num_hidden_layers, slots, 2 * self.kv_heads, max_len, head_dim_of(config))
-        self.kv = torch.zeros(shape, device=device, dtype=dtype)
+        shape = config.num_hidden_layers, slots, config.num_key_value_heads, max_len, head_dim_of(config)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
 
-    def read(self, layer: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first `rows` slots and `length` positions, (rows, num_kv_heads, length, D) each."""
-        return self.kv[layer, :rows, :, :length].split(self.kv_heads, dim=1)
+    def write_prompts(self, slots: Tensor) -> None:
+        """The next forward reads prompts into some slots (B,), from position 0 on."""
+        self.slots, self.positions = slots, None
 
-    def fill(self, layer: int, slots: Tensor, kv: Tensor) -> None:
-        """Write kv (n, T, 2 num_kv_heads, D) at the first T positions of n slots."""
-        self.kv[layer, slots, :, : kv.shape[1]] = kv.transpose(1, 2)
+    def write_at(self, positions: Tensor, length: int) -> None:
+        """The next forward adds one token to each of the first B slots, at positions (B,), and sees the first `length`
+        positions of the cache, as many as the longest row has, each row up to its own."""
+        self.positions, self.length = positions, length
+        self.slots = torch.arange(len(positions), device=positions.device)
+        unseen = torch.arange(length, device=positions.device) > positions[:, None, None, None]  # (B, 1, 1, length)
+        self.mask = torch.zeros_like(unseen, dtype=self.k.dtype).masked_fill_(unseen, -math.inf)
 
-    def write(self, layer: int, slots: Tensor, positions: Tensor, kv: Tensor) -> None:
-        """Write kv (n, 2 num_kv_heads, D), one position (n,) of each of n slots."""
-        self.kv[layer, slots, :, positions] = kv
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write k and v (B, num_kv_heads, T, D) and attend with q (B, heads, T, D) -> (B, heads, T, D)."""
+        keys, values, (B, kv_heads, T, D) = self.k[layer], self.v[layer], k.shape
+        if self.positions is None:
+            keys[self.slots, :, :T], values[self.slots, :, :T] = k, v
+            return causal(q, k, v)
+        keys[self.slots, :, self.positions], values[self.slots, :, self.positions] = k[:, :, 0], v[:, :, 0]
+        # Grouped heads: the query heads of a group stand as several positions, so that each key is read once.
+        q = q.view(B, kv_heads, -1, D)
+        y = F.scaled_dot_product_attention(q, keys[:B, :, : self.length], values[:B, :, : self.length], self.mask)
+        return y.view(B, -1, 1, D)
 
     def move(self, to: int, source: int, length: int) -> None:
-        self.kv[:, to, :, :length] = self.kv[:, source, :, :length]
+        for x in (self.k, self.v):
+            x[:, to, :, :length] = x[:, source, :, :length]
 
 
-class Decoder:
-    """The sampling copy of a model: its weights in the sampling dtype, and the forward that writes token by token.
-
-    q, k and v are one matrix here, as are gate and up, so that a decode step, which reads every weight for a few rows,
-    makes few calls. `refresh` copies the trained weights in, to the same addresses, as a CUDA graph needs it. Hidden
-    states are the Transformer's, up to rounding. Without gradients.
-    """
-
-    def __init__(self, model: Transformer, dtype=None, vocab: int | None = None, device=None):
-        """dtype, device: by default the model's. vocab: the number of real tokens; ids beyond it are never sampled."""
-        self.config, self.dtype = model.config, dtype or model.head.dtype
-        self.device = torch.empty(0, device=device or model.head.device).device  # "cuda" is cuda:0 from here on
-        self.vocab = vocab or len(model.head)
-        self.heads, self.kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
-        self.head_dim, self.eps = head_dim_of(model.config), model.config.rms_norm_eps
-        self.frequencies, self.rope_scale = model.frequencies.to(self.device), model.rope_scale
-        self.cache = None
-        self.graphs: dict | None = None  # {} asks for CUDA graphs of the decode steps; see `next_tokens`
-        self.weights = [
-            {name: torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=self.dtype, device=self.device)
-             for name, parts in group.items()}
-            for group in self.groups(model)
-        ]
-        if model.config.tie_word_embeddings:
-            self.weights[-1]["head"] = self.weights[-1]["embed"][: self.vocab]
-        self.refresh(model)
-
-    @classmethod
-    def from_pretrained(cls, path: str, device, dtype: torch.dtype, vocab: int | None = None) -> "Decoder":
-        """Of a checkpoint, through memory-mapped files, so that the device holds the weights once."""
-        return cls(Transformer.from_pretrained(path, "cpu", dtype), dtype, vocab, device)
-
-    @property
-    def head(self) -> Tensor:
-        return self.weights[-1]["head"]  # (vocab, H)
-
-    def groups(self, model: Transformer) -> Iterator[dict[str, list[Tensor]]]:
-        """The model's parameters, one dictionary a layer and then one for the rest: those in one list are joined."""
-        def weight(module, name: str = "weight") -> Tensor:
-            return full(getattr(module, name).detach().to(self.dtype))  # of a sharded model, gathered layer by layer
-
-        for block in model.model.layers:
-            a, m = block.self_attn, block.mlp
-            modules = {
-                "norm": [block.input_layernorm], "qkv": [a.q_proj, a.k_proj, a.v_proj], "o": [a.o_proj],
-                "mlp_norm": [block.post_attention_layernorm], "gate_up": [m.gate_proj, m.up_proj],
-                "down": [m.down_proj],
-            }
-            group = {name: [weight(x) for x in xs] for name, xs in modules.items()}
-            group |= {f"{name}_bias": [weight(x, "bias") for x in xs] for name, xs in modules.items()
-                      if getattr(xs[0], "bias", None) is not None}
-            if hasattr(a, "q_norm"):  # one gain for every head of q and of k
-                group["qk_norm"] = [weight(a.q_norm).expand(a.heads, -1), weight(a.k_norm).expand(a.kv_heads, -1)]
-            yield group
-        rest = {"embed": [weight(model.model.embed_tokens)], "norm": [weight(model.model.norm)]}
-        if not model.config.tie_word_embeddings:
-            rest["head"] = [weight(model.lm_head)[: self.vocab]]
-        yield rest
-
-    def refresh(self, model: Transformer) -> None:
-        """Copy the model's weights in, after an optimizer step."""
-        for mine, parts_by_name in zip(self.weights, self.groups(model)):
-            for name, parts in parts_by_name.items():
-                for piece, p in zip(mine[name].split([len(p) for p in parts]), parts):
-                    piece.copy_(p)
-            pack(mine)
-
-    def cache_for(self, slots: int, max_len: int) -> KVCache:
-        """One cache for the whole run: made anew only when a larger one is needed."""
-        _, old_slots, _, old_len, _ = (0,) * 5 if self.cache is None else self.cache.kv.shape
-        if slots > old_slots or max_len > old_len:
-            max_len = math.ceil(max(max_len, old_len) / LENGTH_STEP) * LENGTH_STEP
-            self.cache, self.graphs = None, None if self.graphs is None else {}  # freed before the new one is made
-            self.cache = KVCache(self.config, max(slots, old_slots), max_len, self.device, self.dtype)
-        return self.cache
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """What Transformer.forward returns, so that a Decoder can be the teacher."""
-        return self.prefill(tokens)
-
-    @torch.no_grad()
-    def prefill(self, tokens: Tensor, cache: KVCache | None = None, slots: Tensor | None = None) -> Tensor:
-        """Read whole sequences, padded on the right: tokens (B, T) -> hidden states (B, T, H), those that
-        Transformer.forward returns. With a cache, keys and values are also written to its slots (B,)."""
-        B, T = tokens.shape
-
-        def attend(layer: int, qkv: Tensor) -> Tensor:
-            qkv = qkv.view(B, T, -1, self.head_dim)
-            if cache is not None:
-                cache.fill(layer, slots, qkv[:, :, self.heads :])
-            q, k, v = qkv.transpose(1, 2).split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
-            return y.transpose(1, 2)  # (B, T, heads, D)
-
-        positions = torch.arange(T, device=tokens.device).repeat(B)
-        return self.run_layers(tokens.flatten(), positions, attend).view(B, T, -1)
-
-    @torch.no_grad()
-    def step(self, tokens: Tensor, positions: Tensor, cache: KVCache, length: int) -> Tensor:
-        """Write one token a slot: tokens (B,) at positions (B,) of the cache's first B slots -> hidden states (B, H).
-        length: positions of the cache to read, as many as the longest row has."""
-        B, slots = len(tokens), torch.arange(len(tokens), device=tokens.device)
-        unseen = torch.arange(length, device=tokens.device) > positions[:, None, None, None]  # (B, 1, 1, length)
-        mask = torch.zeros_like(unseen, dtype=self.dtype).masked_fill_(unseen, -math.inf)
-
-        def attend(layer: int, qkv: Tensor) -> Tensor:
-            cache.write(layer, slots, positions, qkv[:, self.heads :])
-            # Grouped heads: the query heads of a group stand as several positions, so that each key is read once.
-            q = qkv[:, : self.heads].view(B, self.kv_heads, -1, self.head_dim)
-            return F.scaled_dot_product_attention(q, *cache.read(layer, B, length), attn_mask=mask)
-
-        return self.run_layers(tokens, positions, attend)
-
-    @torch.no_grad()
-    def next_tokens(self, tokens: Tensor, positions: Tensor, uniform: Tensor, length: int, *how) -> Tensor:
-        """A decode step and the tokens (B,) it samples; uniform (B,) and how: what sample_token takes besides logits.
-
-        A decode step is some hundred kernels, and starting them one by one from Python takes a GPU longer than they
-        run. With `graphs`, the kernels of each (rows, length) are recorded once and started together from then on. They
-        read and write where they did when they were recorded, so what changes between steps is copied there first.
-        """
-        def run(tokens, positions, uniform):
-            return sample_token(self.logits(self.step(tokens, positions, self.cache, length)), uniform, *how)
-
-        if self.graphs is None:
-            return run(tokens, positions, uniform)
-        key = len(tokens), length, how
-        if key not in self.graphs:
-            inputs = [x.clone() for x in (tokens, positions, uniform)]
-            run(*inputs)  # libraries set themselves up in their first call, which must not be recorded
-            graph, others = torch.cuda.CUDAGraph(), list(self.graphs.values())
-            with torch.cuda.graph(graph, pool=others[0][0].pool() if others else None):  # scratch memory for all
-                self.graphs[key] = graph, inputs, run(*inputs)
-        graph, inputs, sampled = self.graphs[key]
-        for x, new in zip(inputs, (tokens, positions, uniform)):
-            x.copy_(new)
-        graph.replay()
-        return sampled
-
-    def run_layers(self, tokens: Tensor, positions: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """tokens (n,) at positions (n,) -> hidden states (n, H). attend(layer, qkv) gets queries, keys and values,
-        (n, heads + 2 kv_heads, D), the first two rotated, and returns heads * D attended values a token."""
-        *layers, rest = self.weights
-        n, rotated = len(tokens), self.heads + self.kv_heads
-        x = F.embedding(tokens, rest["embed"])
-        cos, sin = rope_tables(positions, self.frequencies, self.rope_scale, self.dtype)  # (n, 1, D)
-        for layer, w in enumerate(layers):
-            h = F.rms_norm(x, x.shape[1:], w["norm"], self.eps)
-            qkv = linear(h, w, "qkv").view(n, -1, self.head_dim)
-            qk = qkv[:, :rotated]
-            if "qk_norm" in w:
-                qk = F.rms_norm(qk, qk.shape[2:], None, self.eps) * w["qk_norm"]
-            qkv[:, :rotated] = rotate(qk, cos, sin)
-            y = attend(layer, qkv).reshape(n, -1)
-            x += linear(y, w, "o")
-            h = F.rms_norm(x, x.shape[1:], w["mlp_norm"], self.eps)
-            gate, up = linear(h, w, "gate_up").chunk(2, dim=-1)
-            x += linear(F.silu(gate).mul_(up), w, "down")
-        return F.rms_norm(x, x.shape[1:], rest["norm"], self.eps)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(n, H) -> (n, vocab), in float32 or wider: rounded to half precision, likely tokens would tie."""
-        if hidden.is_cuda and hidden.dtype.itemsize < 4:
-            return torch.mm(hidden, self.head.T, out_dtype=torch.float32)
-        return linear(hidden, self.weights[-1], "head").to(torch.promote_types(self.dtype, torch.float32))
-
-
-def linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
-    """x (n, I) -> (n, O) by a matrix of a layer and its bias, if it has one."""
-    if name + "_packed" in weights and len(x) >= 4:
-        return torch.ops.mkldnn._linear_pointwise.default(
-            x, weights[name + "_packed"], weights.get(name + "_bias"), "none", [], ""
-        )
-    return F.linear(x, weights[name], weights.get(name + "_bias"))
-
-
-def pack(weights: dict[str, Tensor]) -> None:
-    """On an x86 CPU in float32, lay the large matrices out as oneDNN wants them, beside the plain ones: it makes a
-    decode step of 4 rows or more faster. torch has no public name for it; this is what torch.compile emits."""
-    if platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available():
-        for name in weights.keys() & {"qkv", "o", "gate_up", "down", "head"}:
-            w = weights[name]
-            if w.dtype == torch.float32 and w.device.type == "cpu" and w.numel() >= 2**18:
-                weights[name + "_packed"] = torch.ops.mkldnn._reorder_linear_weight(w)
+def cache_for(model: Transformer, slots: int, max_len: int) -> KVCache:
+    """The model's cache, made anew only when a larger one is needed, since CUDA graphs go by addresses."""
+    _, old_slots, _, old_len, _ = (0,) * 5 if model.cache is None else model.cache.k.shape
+    if slots > old_slots or max_len > old_len:
+        max_len = math.ceil(max(max_len, old_len) / LENGTH_STEP) * LENGTH_STEP
+        model.cache, model.graphs = None, None if model.graphs is None else {}  # freed before the new one is made
+        model.cache = KVCache(model.config, max(slots, old_slots), max_len, model.device, model.head.dtype)
+    return model.cache
 
 
 def sample_token(
     logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """One token a row by inverting the cumulative distribution: logits (B, V), uniform (B,) in [0, 1) -> ids (B,).
+    """One token per row by inverting the cumulative distribution: logits (B, V), uniform (B,) in [0, 1) -> ids (B,).
     temperature 0 takes the most likely token."""
     if temperature == 0:
         return logits.argmax(-1)
@@ -330,116 +181,132 @@ def sample_token(
 
 @torch.no_grad()
 def generate(
-    decoder: Decoder,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...],
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    *,
-    seeds: list[int] | None = None,
-    slots: int | None = None,
-    progress: bool = False,
+    model: Transformer, prompts: list[list[int]], max_new_tokens: int, stop_ids: tuple[int, ...],
+    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, *,
+    seeds: list[int] | None = None, slots: int | None = None, progress: bool = False,
 ) -> Rollout:
     """Sample a response to every prompt, at most `max_new_tokens` long; a row ends early when it samples one of
     `stop_ids`. No token beyond the cap is ever computed.
 
     temperature: 0 takes the most likely token. top_k, top_p cut the distribution and are for evaluation: the loss of
         training assumes plain sampling.
-    seeds: one a row, by default 0, 1, 2, ... A row's randomness depends on its seed and the position alone.
-    slots: rows decoded at once; by default all, but at most 256, since from there on twice the rows take twice as long.
+    seeds: one per row, by default 0, 1, 2, ... A row's randomness depends on its seed and the position alone.
+    slots: rows decoded at once; by default all, but at most MAX_SLOTS.
     Raises ValueError on an empty prompt, max_new_tokens < 1, or a wrong number of seeds, and InputError where prompt
     and response exceed the model's positions.
     """
+    seeds = list(range(len(prompts))) if seeds is None else seeds
+    check_arguments(model, prompts, max_new_tokens, seeds)
+    N, cap, device, how = len(prompts), max_new_tokens, model.device, (temperature, top_k, top_p)
+    longest, slots = max(map(len, prompts)), min(slots or MAX_SLOTS, N)
+    cache, stops = cache_for(model, slots, longest + cap), torch.tensor(stop_ids, dtype=torch.long, device=device)
+    look_every = 1 if device.type == "cpu" else 16  # a look at who has ended waits for a GPU; ended rows compute on
+
+    # The state is kept by row; row N is nobody's and stands in slots without a row. A row's next token goes to
+    # ids[row, count[row]], that of an ended row too, where nobody reads it.
+    prompt_len = torch.tensor([*map(len, prompts), 1], device=device)
+    count, going = torch.zeros_like(prompt_len), torch.arange(N + 1, device=device) < N
+    ids = torch.zeros(N + 1, cap + 1, dtype=torch.long, device=device)
+    noise = torch.zeros(N + 1, cap + 1, dtype=torch.float64, device=device)
+    for row, seed in enumerate(seeds):
+        noise[row] = torch.rand(cap + 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    held, waiting, started = [N] * slots, deque(range(N)), {}  # held[slot]: its row; started[row]: step it came at
+    step = look = 0
+
+    def note(rows: Tensor, token: Tensor) -> None:
+        """Append a token (b,) to each of some rows (b,)."""
+        ids[rows, count[rows]] = token
+        count[rows] += going[rows]
+        going[rows] &= ~torch.isin(token, stops) & (count[rows] < cap)
+
+    def regroup(free: list[int]) -> list[int]:
+        """Fill free slots with waiting rows, whose prompts are read here, or else with the last rows."""
+        new = [(slot, waiting.popleft()) for slot in free[: len(waiting)]]
+        size = max(1, PREFILL_TOKENS // longest)
+        for part in (new[i : i + size] for i in range(0, len(new), size)):
+            at, rows = torch.tensor(part, device=device).T
+            cache.write_prompts(at)
+            hidden = model.forward(pad([prompts[row] for _, row in part]).to(device), cache=cache)  # (b, T, H)
+            last = hidden[torch.arange(len(part), device=device), prompt_len[rows] - 1]
+            note(rows, sample_token(model.logits(last), noise[rows, 0], *how))
+        started.update((row, step) for _, row in new)
+        kept = dict(new) | {slot: row for slot, row in enumerate(held) if slot not in free}
+        for gap in sorted(set(range(len(kept))) - set(kept)):
+            source = max(kept)
+            kept[gap] = row = kept.pop(source)
+            cache.move(gap, source, len(prompts[row]) + step - started[row])
+        size = len(kept) if model.graphs is None else min(slots, 2 ** (len(kept) - 1).bit_length())  # few graphs
+        return [kept.get(slot, N) for slot in range(size)]
+
+    bar = tqdm(desc="sample", unit=" tok", leave=False, disable=None if progress else True)
+    while True:
+        if step == look:
+            alive = going.tolist()
+            free = [slot for slot, row in enumerate(held) if not alive[row]]
+            bar.update(int(count.sum()) - bar.n if progress else 0)
+            if len(free) == len(held) and not waiting:
+                break
+            if 8 * len(free) >= len(held):  # not for every single one: reading one prompt takes as long as four
+                held = regroup(free)
+                rows = torch.tensor(held, device=device)
+            living = [(started[row], len(prompts[row])) for row in held if alive[row]]
+            ahead = max(length - start for start, length in living)
+            look += min(look_every, min(living)[0] + cap - 1 - step)  # or when the first of them reaches the cap
+            if look == step:  # a cap of one token
+                continue
+        step, last = step + 1, count[rows] - 1
+        length = math.ceil((ahead + step) / LENGTH_STEP) * LENGTH_STEP  # beyond the longest row the cache is not read
+        inputs = ids[rows, last], prompt_len[rows] + last, noise[rows, last + 1]
+        note(rows, next_tokens(model, *inputs, length, how))
+    bar.close()
+    rollout = Rollout.of(prompts, [row[:n] for row, n in zip(ids.tolist(), count.tolist()[:N])], stop_ids)
+    read = rollout.prompt_lens + rollout.lens - 1  # the last token is never fed back
+    rollout.flop = count_flops(model.config, read, rollout.num_supervised())
+    return rollout
+
+
+def next_tokens(
+    model: Transformer, tokens: Tensor, positions: Tensor, uniform: Tensor, length: int, how: tuple
+) -> Tensor:
+    """A decode step: the newest tokens (B,) of the first B slots and their positions (B,) -> the tokens (B,) that
+    follow. uniform (B,) and how: what sample_token takes besides logits. length: positions of the cache to read.
+
+    A decode step is some hundred kernels, and starting them one by one from Python takes a GPU longer than they run.
+    With `model.graphs`, the kernels of each (rows, length) are recorded once and started together from then on. They
+    read and write where they did when they were recorded, so what changes between steps is copied there first.
+    """
+    def run(tokens: Tensor, positions: Tensor, uniform: Tensor) -> Tensor:
+        model.cache.write_at(positions, length)
+        hidden = model.forward(tokens[:, None], positions[:, None], model.cache)[:, 0]  # not __call__, for --compile
+        return sample_token(model.logits(hidden), uniform, *how)
+
+    if model.graphs is None:
+        return run(tokens, positions, uniform)
+    key = len(tokens), length, how
+    if key not in model.graphs:
+        inputs = [x.clone() for x in (tokens, positions, uniform)]
+        run(*inputs)  # libraries set themselves up in their first call, which must not be recorded
+        graph, others = torch.cuda.CUDAGraph(), list(model.graphs.values())
+        with torch.cuda.graph(graph, pool=others[0][0].pool() if others else None):  # scratch memory for all
+            model.graphs[key] = graph, inputs, run(*inputs)
+    graph, inputs, sampled = model.graphs[key]
+    for x, new in zip(inputs, (tokens, positions, uniform)):
+        x.copy_(new)
+    graph.replay()
+    return sampled
+
+
+def check_arguments(model: Transformer, prompts: list[list[int]], cap: int, seeds: list[int]) -> None:
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, found {max_new_tokens}")
-    seeds = list(range(len(prompts))) if seeds is None else seeds
+    if cap < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, found {cap}")
     if len(seeds) != len(prompts):
         raise ValueError(f"seeds has {len(seeds)} entries for {len(prompts)} rows")
-    longest, positions = max(map(len, prompts)), decoder.config.max_position_embeddings
-    if longest + max_new_tokens > positions:
-        raise InputError(f"--max_new_tokens {max_new_tokens} and the longest prompt, {longest} tokens, exceed the "
-                         f"{positions} positions of the model")
-    device, cap, how = decoder.device, max_new_tokens, (temperature, top_k, top_p)
-    slots = min(slots or 256, len(prompts))
-    cache, stops = decoder.cache_for(slots, longest + cap), torch.tensor(stop_ids, dtype=torch.long, device=device)
-    # Finding out which rows have ended waits for a GPU, so it is done now and then; ended rows compute on, ignored.
-    check_every = 1 if device.type == "cpu" else 16
-
-    # The state of the slots. Slots whose row has ended write into the column `cap` of ids, which nobody reads.
-    token, prompt_len, count = torch.zeros(3, slots, dtype=torch.long, device=device)  # count: of tokens but the newest
-    active = torch.zeros(slots, dtype=torch.bool, device=device)
-    ids = torch.zeros(slots, cap + 1, dtype=torch.long, device=device)
-    noise = torch.zeros(slots, cap + 1, dtype=torch.float64, device=device)
-    busy: dict[int, tuple[int, int]] = {}  # slot -> its row, and the step in which the row got there
-
-    queue, step, responses = deque(range(len(prompts))), 0, [[] for _ in prompts]
-    bar = tqdm(desc="sample", unit=" tok", leave=False, disable=not progress)
-    while True:
-        # Refill free slots, several at once: reading one prompt alone takes as long as reading four together.
-        free = [s for s in range(len(count)) if s not in busy]
-        if queue and 8 * len(free) >= slots:
-            filled = [(s, queue.popleft()) for s in free[: len(queue)]]
-            busy |= {s: (i, step) for s, i in filled}
-            size = max(1, PREFILL_TOKENS // longest)
-            for part in (filled[k : k + size] for k in range(0, len(filled), size)):
-                lens = torch.tensor([len(prompts[i]) for _, i in part])
-                tokens = torch.zeros(len(part), int(lens.max()), dtype=torch.long)
-                for row, (_, i) in zip(tokens, part):
-                    row[: len(prompts[i])] = torch.tensor(prompts[i])
-                uniform = [torch.rand(cap, generator=torch.Generator().manual_seed(seeds[i]), dtype=torch.float64)
-                           for _, i in part]
-                at = torch.tensor([s for s, _ in part], device=device)
-                prompt_len[at], noise[at, :cap] = lens.to(device), torch.stack(uniform).to(device)
-                count[at], active[at] = 0, True
-                hidden = decoder.prefill(tokens.to(device), cache, at)  # (b, T, H)
-                last = hidden[torch.arange(len(part), device=device), prompt_len[at] - 1]
-                token[at] = sample_token(decoder.logits(last), noise[at, 0], *how)
-
-        # Every slot has a new token. It will be fed back at the position after those its row has.
-        ids.scatter_(1, torch.where(active, count, cap)[:, None], token[:, None])
-        position = (prompt_len + count).clamp_(max=longest + cap - 1)
-        count += active
-        active &= ~torch.isin(token, stops) & (count < cap)
-        step += 1
-
-        # Check which rows have ended: now and then, and always when one reaches the cap.
-        if step % check_every == 0 or step - min(start for _, start in busy.values()) == cap:
-            going, counts = torch.stack((active.long(), count)).tolist()
-            ended = [s for s in busy if not going[s]]
-            for s, sampled in zip(ended, ids[ended].tolist() if ended else ()):
-                responses[busy.pop(s)[0]] = sampled[: counts[s]]
-            bar.update(sum(map(len, responses)) + sum(counts[s] for s in busy) - bar.n)
-            if not busy and not queue:
-                break
-            if not busy:
-                continue
-            # The queue is empty: close the gaps. Not every gap at once, since moving a row copies its cache; and to
-            # few numbers of rows, if for each a graph is recorded.
-            size = len(busy) if decoder.graphs is None else 2 ** (len(busy) - 1).bit_length()
-            if not queue and 8 * size <= 7 * len(count):
-                order = sorted(range(len(count)), key=lambda s: s not in busy)[:size]  # the living first
-                for to, s in enumerate(order[: len(busy)]):
-                    if to != s:
-                        cache.move(to, s, len(prompts[busy[s][0]]) + step - busy[s][1])
-                token, position, prompt_len, count, active, ids, noise = (
-                    x[order] for x in (token, position, prompt_len, count, active, ids, noise)
-                )
-                busy = {to: busy[s] for to, s in enumerate(order) if s in busy}
-
-        # Feed the tokens back: one decode step. What lies beyond the longest row in the cache is not read.
-        length = max(len(prompts[i]) + step - start for i, start in busy.values())
-        uniform = noise.gather(1, count[:, None])[:, 0]
-        token = decoder.next_tokens(token, position, uniform, math.ceil(length / LENGTH_STEP) * LENGTH_STEP, *how)
-    bar.close()
-    rollout = Rollout.of(prompts, responses, stop_ids)
-    fed = (rollout.prompt_lens + rollout.lens - 1).double()  # the last token is never fed back
-    pairs, heads = (fed * (fed + 1)).sum() / 2, rollout.lens.sum()
-    rollout.flop = float(count_flops(decoder.config, fed.sum(), pairs, heads))
-    return rollout
+    longest, positions = max(map(len, prompts)), model.config.max_position_embeddings
+    if longest + cap > positions:
+        raise InputError(f"--max_new_tokens {cap} and the longest prompt, {longest} tokens, exceed the {positions} "
+                         "positions of the model")
 
 
 @dataclass
@@ -488,12 +355,12 @@ def main(config: Config) -> None:
             raise InputError("--prompt: nothing in it, and this tokenizer puts nothing before it")
         if config.prompt and not prompt.endswith("\n") and not tokenizer.chats():
             print("note: the prompt does not end with a newline; the embedded models expect one")
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        decoder = Decoder.from_pretrained(folder, device, dtype, tokenizer.vocab_size)
+        model = Transformer.for_reading(folder, device, tokenizer.vocab_size)
+        fit_cap(config, "max_new_tokens", [ids], model.config.max_position_embeddings)
         stop_ids = (*tokenizer.stop_ids, *tokenizer.stop_ids_of(config.stop_tokens))
         start = time.perf_counter()
         rollout = generate(
-            decoder, [ids] * config.num_samples, config.max_new_tokens, stop_ids, config.temperature,
+            model, [ids] * config.num_samples, config.max_new_tokens, stop_ids, config.temperature,
             config.top_k or None, config.top_p, seeds=[config.seed + i for i in range(config.num_samples)],
             progress=True,
         )
@@ -505,6 +372,20 @@ def main(config: Config) -> None:
             print(f"[{int(rollout.lens[i])} tokens, {how}]")
         total = int(rollout.lens.sum())
         print(f"[{len(ids)} prompt, {total} response tokens; {seconds:.2f} s, {total / seconds:,.0f} tok/s]")
+
+
+def fit_cap(config, name: str, prompts: list[list[int]], positions: int) -> None:
+    """Lower the flag `name`, a cap on responses, to what a model of so many positions has room for behind the longest
+    prompt. Raises InputError where the flag was typed, or nothing fits."""
+    cap, longest = getattr(config, name), max(map(len, prompts))
+    room = positions - longest
+    if cap > room and (room < 1 or name in config.typed):
+        row = [len(p) for p in prompts].index(longest) + 1
+        raise InputError(f"--{name} {cap} and the longest prompt (row {row}, {longest} tokens) exceed the {positions} "
+                         "positions of the model: lower the one or shorten the other")
+    if cap > room:
+        print(f"--{name} {room}: as much as fits behind the longest prompt ({longest} of {positions} positions)")
+        setattr(config, name, room)
 
 
 def shorten(text: str, lines: int) -> str:

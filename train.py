@@ -14,15 +14,14 @@ Where the responses come from (--rollout student | teacher | data) and what is m
 flags, so the same loop is also supervised fine-tuning (--rollout data --loss cross_entropy), which trained the embedded
 pairs, and everything in between.
 
-Read from here down: the flags; how long the prefix is; the prompts; who writes the responses; the loop; what a step
-costs, and --plan.
+Read from here down: the flags; the prompts and the pair; how long the prefix is; who writes the responses; the loop;
+what a step costs, and --plan.
 """
 
-import ctypes
+import copy
 import math
 import re
 import signal
-import sys
 import time
 import zlib
 from contextlib import contextmanager
@@ -34,13 +33,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import HERE, InputError, embedded_model, load_jsonl, resolve, run_command
+from data.checkpoint import checkpoint_folder, head_dim_of, load_config
 from data.flags import check_flags, flag, parse_flags
 from data.ranks import add_up, full, gather, join, rank, world
-from data.run import Run, Unbroken, claim, fingerprint, restore_flags
-from eval import Pair, by_position, examine, load_pair, preflight
-from loss import LOSSES, distill_loss
-from model import checkpoint_folder, choose_device, count_flops, count_parameters, head_dim_of, load_config
-from sample import Rollout, generate
+from data.run import Run, claim, fingerprint, restore_flags
+from eval import Pair, by_position, encode_prompts, evaluate, load_tokenizers, preflight, score
+from loss import CHUNK_ROWS, LOSSES, distill_loss
+from model import Transformer, choose_device, count_flops, count_parameters, shard
+from sample import MAX_SLOTS, Rollout, fit_cap, generate, shorten
 
 
 @dataclass
@@ -61,9 +61,8 @@ class Config:
     prefix_len: int = flag(1024, "sampling stops after this many tokens; lower it first if memory or time runs out",
                            group="the method", least=1)
     schedule: str = flag("constant", "how the prefix grows from --prefix_start to --prefix_len: constant (not at all), "
-                         "linear, staircase (in stairs of an 8th of --prefix_len), or adaptive (when its last "
-                         "half has been learnt)",
-                         choices=("constant", "linear", "staircase", "adaptive"))
+                         "linear, or adaptive (when its last half has been learnt)",
+                         choices=("constant", "linear", "adaptive"))
     prefix_start: int = flag(0, "where a growing prefix starts; 0 takes a 16th of --prefix_len", least=0)
     window: str = flag("prefix", "what is supervised: the prefix, where sampling stops; or, as control experiments, "
                        "the first, last or random --prefix_len tokens of responses of --max_new_tokens",
@@ -80,7 +79,7 @@ class Config:
     stop_class: bool = flag(True, "treat all stop tokens of both models as one outcome in losses with a teacher")
 
     steps: int = flag(20, "optimizer steps", group="optimisation", least=1)
-    batch_size: int = flag(16, "prompts a step; lower it when memory runs out in sampling", least=1,
+    batch_size: int = flag(16, "prompts per step; lower it when memory runs out in sampling", least=1,
                            most=2**20)
     lr: float = flag(5e-4, "peak learning rate; real models want 1e-6 to 1e-5", above=0, below=math.inf)
     lr_schedule: str = flag("cosine", "constant, or cosine (towards zero at the last step), after the warm-up",
@@ -90,8 +89,7 @@ class Config:
     eval_every: int = flag(0, "evaluate every this many steps, besides before and after; 0: only then; -1: only after",
                            group="evaluation", least=-1)
     eval_problems: int = flag(100, "held-out problems to answer; 0 measures no accuracy", least=0)
-    eval_kl: int = flag(32, "held-out prompts to measure the reverse KL on, over whole responses; 0 is off",
-                        least=0)
+    eval_kl: int = flag(32, "whole responses to these problems to measure the reverse KL on; 0 is off", least=0)
     eval_batch_size: int = flag(128, "problems answered at once; lower it when memory runs out in evaluation", least=1)
     max_new_tokens: int = flag(4096, "cap on responses in evaluation, with --window and with --mix", least=1)
 
@@ -115,7 +113,7 @@ class Config:
     world: int = flag(1, "ranks that --plan counts with", least=1)
 
 
-def complete(c: Config) -> None:
+def fill_in(c: Config) -> None:
     """Refuse flags that contradict each other, and fill in those that follow from others."""
     check_flags(c)
     ranks = c.world if c.plan else world()
@@ -147,6 +145,81 @@ def complete(c: Config) -> None:
             raise InputError(message)
 
 
+# --- the prompts and the pair
+
+
+def read_prompts(config: Config) -> tuple[list[dict], list[dict]]:
+    """(rows to train on, held-out rows: the first --eval_problems, or --eval_kl if no answers are wanted)"""
+    need = ("prompt", "solution") if config.rollout == "data" else ("prompt",)
+    rows = load_jsonl(resolve(config.data, "train"), need)
+    wanted = config.eval_problems or config.eval_kl
+    if wanted and not config.eval_data and not (HERE / config.data / "test.jsonl").is_file():
+        if config.eval_every > 0:
+            raise InputError(f"--eval_every {config.eval_every}: --data {config.data} has no held-out problems; give "
+                             "some with --eval_data")
+        print("no held-out problems (--eval_data): only the training loss will be known")
+        wanted = 0
+    if not wanted:
+        return rows, []
+    file = resolve(config.eval_data or config.data, "test", "eval_data" if config.eval_data else "data")
+    try:
+        test = load_jsonl(file, ("prompt", "answer") if config.eval_problems else ("prompt",))[:wanted]
+    except InputError as error:
+        mend = "; --eval_problems 0 measures only the KL, which needs none" if '"answer"' in str(error) else ""
+        raise InputError(f"{error}{mend}") from None
+    return rows, test if config.eval_problems else [{"prompt": row["prompt"]} for row in test]
+
+
+def load_pair(config: Config, resume_from: Path | None) -> Pair:
+    device = choose_device(config.device)
+    config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    files = ("*.json", "*.jinja") if config.init == "random" else ("*.json", "*.safetensors", "*.jinja")
+    dtype, folder = getattr(torch, config.dtype), checkpoint_folder(config.student, files)
+    tokenizer, teachers, vocab, stop_ids = load_tokenizers(
+        folder, config.teacher, chat=config.chat, system=config.system, thinking=config.thinking,
+        stop_tokens=config.stop_tokens)
+    teacher = None
+    if config.teacher:
+        there = choose_device(config.teacher_device) if config.teacher_device else device
+        teacher = Transformer.for_reading(config.teacher, there, vocab, dtype)
+        teacher = shard(teacher, config.shard, dtype) if config.shard_teacher else teacher
+    if resume_from is None and config.init == "random":
+        student = Transformer(load_config(folder)).initialize(config.seed).to(device)
+    else:
+        student = Transformer.from_pretrained(resume_from or folder, device, torch.float32)
+    student.recompute, student.vocab = config.recompute, vocab
+    print(f"student {config.student}: {count_parameters(student.config):,} parameters, float32"
+          + (f"; teacher {config.teacher}: {count_parameters(teacher.config):,}, {config.dtype}" if teacher else ""))
+    # Where the student itself is wider, or sharded, a copy samples; its weights keep their addresses (`refresh`).
+    sampler = student
+    if dtype != torch.float32 or config.shard > 1:
+        sampler = copy.deepcopy(student).to(dtype).requires_grad_(False)
+        student = shard(student, config.shard, dtype) if config.shard > 1 else student
+    if config.compile:  # the two forwards of learning; sampling has graphs of its own decode steps
+        student.compile(dynamic=True)
+        if teacher:
+            teacher.compile(dynamic=True)
+        sampler.graphs = {} if device.type == "cuda" else None
+    stop_class = stop_ids if config.stop_class and config.loss != "cross_entropy" else ()
+    print(f"vocabulary {vocab:,} of {student.config.vocab_size:,} rows; stop tokens "
+          + ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in stop_ids) + " (one class)" * (len(stop_class) > 1))
+    return Pair(student, sampler, teacher, tokenizer, teachers, vocab, stop_ids, stop_class, dtype)
+
+
+def prepare_prompts(config: Config, rows: list[dict], test: list[dict], pair: Pair) -> None:
+    """Add `prompt_ids` (and `solution_ids`) to the rows; both models must have room for what will be written."""
+    encode_prompts(rows, pair.tokenizer, "--data")
+    encode_prompts(test, pair.tokenizer, "--eval_data" if config.eval_data else "--data")
+    for row in rows if config.rollout == "data" else ():
+        row["solution_ids"] = pair.tokenizer.encode(row["solution"])
+    for model in filter(None, (pair.student, pair.teacher)):
+        caps = [("prefix_len", rows)] if config.window == "prefix" else []
+        caps += [("max_new_tokens", rows)] if config.window != "prefix" or config.mix else []
+        caps += [("max_new_tokens", test)] if test else []
+        for name, some in caps:
+            fit_cap(config, name, [row["prompt_ids"] for row in some], model.config.max_position_embeddings)
+
+
 # --- how long the prefix is
 
 
@@ -158,9 +231,6 @@ def prefix_len_at(step: int, config: Config, state: dict) -> int:
         return state["prefix_len"]
     progress = min(1.0, step / max(1, config.steps - 1))
     grown = round(progress * (config.prefix_len - config.prefix_start))
-    if config.schedule == "staircase" and progress < 1:
-        stair = max(1, config.prefix_len // 8)
-        grown = grown // stair * stair
     return config.prefix_start + grown
 
 
@@ -196,49 +266,6 @@ def longest_response(config: Config) -> int:
     return max(config.prefix_len, config.max_new_tokens if config.mix else 0)
 
 
-# --- the prompts
-
-
-def read_prompts(config: Config) -> tuple[list[dict], list[dict]]:
-    """(rows to train on, held-out rows)."""
-    need = ("prompt", "solution") if config.rollout == "data" else ("prompt",)
-    rows = load_jsonl(resolve(config.data, "train"), need)
-    own = (HERE / config.data / "test.jsonl").is_file()
-    if not (config.eval_problems or config.eval_kl):
-        return rows, []
-    if not (config.eval_data or own):
-        if config.eval_every > 0:
-            raise InputError(f"--eval_every {config.eval_every}: --data {config.data} has no held-out problems; give "
-                             "some with --eval_data")
-        print("no held-out problems (--eval_data): only the training loss will be known")
-        return rows, []
-    file = resolve(config.eval_data or config.data, "test", "eval_data" if config.eval_data else "data")
-    try:
-        return rows, load_jsonl(file, ("prompt", "answer") if config.eval_problems else ("prompt",))
-    except InputError as error:
-        mend = "; --eval_problems 0 measures only the KL, which needs none" if '"answer"' in str(error) else ""
-        raise InputError(f"{error}{mend}") from None
-
-
-def encode_prompts(config: Config, rows: list[dict], pair: Pair) -> None:
-    """Add `prompt_ids` (and `solution_ids`) to the rows. The longest must fit both models."""
-    for row in tqdm(rows, desc="tokenize", leave=False, delay=2):
-        row["prompt_ids"] = pair.tokenizer.encode_prompt(row["prompt"])
-        if config.rollout == "data":
-            row["solution_ids"] = pair.tokenizer.encode(row["solution"])
-        if not row["prompt_ids"]:
-            raise InputError(f"--data {config.data}: a prompt is empty, and this tokenizer puts nothing before it")
-    cap, longest = longest_response(config), max(len(row["prompt_ids"]) for row in rows)
-    cap = max(cap, config.max_new_tokens if config.eval_problems or config.eval_kl else 0)
-    flag_name = "prefix_len" if cap == config.prefix_len else "max_new_tokens"
-    for model in filter(None, (pair.student, pair.teacher)):
-        if longest + cap > model.config.max_position_embeddings:
-            raise InputError(
-                f"--{flag_name} {cap} and the longest prompt of --data, {longest} tokens, exceed the "
-                f"{model.config.max_position_embeddings} positions of the model: lower the one or shorten the other"
-            )
-
-
 # --- who writes the responses
 
 
@@ -264,21 +291,21 @@ def respond(batch: list[dict], step: int, prefix_len: int, config: Config, pair:
     seeds = torch.randint(2**63 - 1, (len(batch),), generator=generator).tolist()
     where = torch.rand(len(batch), generator=generator, dtype=torch.float64)[rank() :: world()]
     mine = range(rank(), len(batch), world())
-    prompts, responses, flop = [batch[i]["prompt_ids"] for i in mine], [], 0.0
     cap = prefix_len if config.window == "prefix" else config.max_new_tokens
     by_teacher = len(batch) if config.rollout == "teacher" else round(config.mix * len(batch))
+    mine, responses, flop = range(rank(), len(batch), world()), [], 0.0
     if config.rollout == "data":
         responses = [[*batch[i]["solution_ids"], pair.tokenizer.eos_id][:cap] for i in mine]
     else:
         whole = config.max_new_tokens if config.mix else cap
         for writer, rows, most in ((pair.teacher, [i for i in mine if i < by_teacher], whole),
-                                   (pair.decoder, [i for i in mine if i >= by_teacher], cap)):
+                                   (pair.sampler, [i for i in mine if i >= by_teacher], cap)):
             if rows:
                 part = generate(writer, [batch[i]["prompt_ids"] for i in rows], most, pair.stop_ids, config.temperature,
                                 seeds=[seeds[i] for i in rows])
                 responses += [part.response(i) for i in range(len(rows))]
                 flop += part.flop
-    rollout = Rollout.of(prompts, responses, pair.stop_ids)
+    rollout = Rollout.of([batch[i]["prompt_ids"] for i in mine], responses, pair.stop_ids)
     rollout.flop = flop
     if config.window != "prefix":
         rest = (rollout.lens - prefix_len).clamp(min=0)  # tokens outside the window
@@ -290,12 +317,12 @@ def respond(batch: list[dict], step: int, prefix_len: int, config: Config, pair:
 # --- the loop
 
 
-def even_micro_batches(rollout: Rollout, micro_tokens: int) -> tuple[list[tuple[Tensor, Tensor, Tensor]], int]:
+def even_micro_batches(rollout: Rollout, micro_tokens: int) -> tuple[list[Tensor], int]:
     """This rank's micro-batches, and the supervised tokens of all ranks. A rank with fewer micro-batches than others
-    gets some that supervise nothing, since with --shard all wait for each other in every forward."""
+    gets some without rows, since with --shard all wait for each other in every forward."""
     mine = list(rollout.micro_batches(micro_tokens))
     counts = gather((len(mine), rollout.num_supervised()))
-    nothing = torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 1, dtype=torch.bool), torch.zeros(0, dtype=torch.long)
+    nothing = torch.zeros(0, dtype=torch.long)
     return mine + [nothing] * (max(c[0] for c in counts) - len(mine)), sum(c[1] for c in counts)
 
 
@@ -308,15 +335,20 @@ def learning_rate(step: int, config: Config) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def due(step: int, config: Config) -> bool:
-    """Whether an evaluation is due during a run; the one at its end comes in any case."""
-    return config.eval_every > 0 and step % config.eval_every == 0 and step < config.steps
+def due(run: Run, config: Config) -> bool:
+    """Whether to evaluate now: before the first step, every --eval_every steps, and after the last; not when
+    interrupted, and not what a resumed run has done already."""
+    if run.interrupted or any("eval" in r and r["step"] == run.step for r in run.records()):
+        return False
+    if run.step in (0, config.steps):  # random weights have nothing to measure
+        return run.step > 0 or (config.eval_every >= 0 and config.init == "pretrained")
+    return config.eval_every > 0 and run.step % config.eval_every == 0
 
 
 def train(config: Config) -> None:
     join()
     resume_from = restore_flags(config) if config.resume else None
-    complete(config)
+    fill_in(config)
     if config.plan:
         plan(config)
         return
@@ -330,66 +362,55 @@ def train(config: Config) -> None:
 
 def distill(config: Config, resume_from: Path | None) -> None:
     """The run: what it needs, then its steps."""
-    keep_freed_memory()
     rows, test = read_prompts(config)  # before the models, which may have to be downloaded
     pair = load_pair(config, resume_from)
-    encode_prompts(config, rows, pair)
-    student, teacher, device, half = pair.student, pair.teacher, pair.device, pair.dtype.itemsize < 4
+    prepare_prompts(config, rows, test, pair)
+    student, teacher, device = pair.student, pair.teacher, pair.sampler.device
     scored = config.loss != "cross_entropy"  # which needs no teacher
-    there = teacher.device if scored else device
-    head_copy = None if there == device else teacher.head.to(device)  # where the loss is computed
-    read_s, read_t = student, teacher
-    if config.compile:
-        read_s, read_t = (model and torch.compile(model, dynamic=True) for model in (student, teacher))
-        pair.decoder.graphs = {} if device.type == "cuda" else None
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    loss_options = {
-        "loss": config.loss, "temperature": config.temperature, "beta": config.beta, "top_k": config.top_k,
-        "vocab": pair.vocab, "stop_ids": pair.stop_ids if config.stop_class and scored else (),
-    }
+    loss_options = {"loss": config.loss, "temperature": config.temperature, "beta": config.beta, "top_k": config.top_k,
+                    "vocab": pair.vocab, "stop_ids": pair.stop_class}
+    autocast = {"device_type": device.type, "dtype": pair.dtype,
+                "enabled": pair.dtype.itemsize < 4 and config.shard == 1}  # --shard casts by itself
     inputs = {"file of --data": zlib.crc32(resolve(config.data, "train").read_bytes())}
     if teacher is not None:
         inputs["teacher's weights"] = fingerprint(checkpoint_folder(config.teacher))
     run = Run(config, pair, optimizer, resume_from, inputs)
     print(f"{len(rows):,} prompts, {len(test):,} held-out; {device}" + f", {world()} ranks" * (world() > 1))
     if teacher is not None and resume_from is None:
-        prompts = [row["prompt"] for row in batch_of(rows, 0, config)[:16]]
-        print("\n".join(preflight(pair, prompts, config)))
-    # Before the first step, or in a resumed run what an interruption left out. Random weights have nothing to measure.
-    wanted = due(run.step, config) if run.step else config.init == "pretrained" and config.eval_every >= 0
-    if test and wanted and not run.evaluated():
-        with together("evaluation", run, config):
-            examine(pair, test, config, run)
+        first_rows = batch_of(rows, 0, config)[:8]
+        print("\n".join(preflight(pair, first_rows, config.prefix_len, config.temperature, config.seed)))
 
     for name in (signal.SIGINT, signal.SIGTERM) if world() == 1 else (signal.SIGINT,):
         signal.signal(name, run.interrupt)  # ends the run after this step
-    bar = tqdm(range(run.step, config.steps), initial=run.step, total=config.steps, desc="train", disable=rank() > 0)
-    for step in bar:
-        peak_memory(device)  # forgets what an evaluation took
-        start, prefix_len, parts = now(device), prefix_len_at(step, config, run.adaptive), []
+    bar = tqdm(initial=run.step, total=config.steps, desc="train", disable=True if rank() else None)
+    with say_what_to_change(run, config):
+        while True:
+            run.stage = "evaluation"
+            if test and due(run, config):
+                examine(pair, test, config, run)
+            if run.interrupted or run.step == config.steps:
+                break
 
-        # 1. sample: responses to this rank's prompts of the batch; sampling stops after prefix_len tokens
-        with together("sampling", run, config):
-            rollout = respond(batch_of(rows, step, config), step, prefix_len, config, pair)
-        micro_batches, n = even_micro_batches(rollout, config.micro_tokens)
-        sampled = now(device)
+            # 1. sample: responses to this rank's prompts of the batch; sampling stops after prefix_len tokens
+            run.stage, start, prefix_len = "sampling", now(device), prefix_len_at(run.step, config, run.adaptive)
+            rollout = respond(batch_of(rows, run.step, config), run.step, prefix_len, config, pair)
+            micro_batches, n = even_micro_batches(rollout, config.micro_tokens)
+            sampled, parts = now(device), []
 
-        with together("learning", run, config):
-            for tokens, mask, position in micro_batches:
-                # Indices of the supervised positions among all b * (T-1), and the tokens that follow there. A GPU would
-                # stop at a mask, to be told how many are set.
-                at, targets = mask.flatten().nonzero()[:, 0].to(device), tokens[:, 1:][mask].to(device)  # (n,) each
-                tokens = tokens[:, :-1].to(device)  # (b, T-1)
-
+            run.stage = "learning"
+            for some in micro_batches:
                 # 2. score: the teacher reads the same tokens
                 hidden_t = head_t = None
                 if scored:
-                    hidden_t = read_t(tokens.to(there)).flatten(0, 1)[at.to(there)].to(device)  # (n, H_t)
-                    head_t = teacher.head if head_copy is None else head_copy
+                    tokens, at, _, _ = rollout.part(some, teacher.device)  # (b, T-1), (n,)
+                    hidden_t = teacher(tokens).flatten(0, 1)[at].to(device)  # (n, H_t)
+                    head_t = teacher.head.to(device)
 
                 # 3. learn: a token weighs 1 / (supervised tokens of the step), however the step is split
-                with torch.autocast(device.type, dtype=pair.dtype, enabled=half and config.shard == 1):
-                    hidden_s = read_s(tokens).flatten(0, 1)[at].to(pair.dtype)  # (n, H_s)
+                tokens, at, targets, position = rollout.part(some, device)
+                with torch.autocast(**autocast):
+                    hidden_s = student(tokens).flatten(0, 1)[at].to(pair.dtype)  # (n, H_s)
                 weights = torch.full((len(at),), 1 / n, device=device)
                 loss, row_stats = distill_loss(
                     hidden_s, student.head, hidden_t, head_t, token_weights=weights, targets=targets, **loss_options,
@@ -398,65 +419,99 @@ def distill(config: Config, resume_from: Path | None) -> None:
                 parts.append(row_stats | {"position": position})
             stats = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
             must_be_finite(stats)
-        if config.shard == 1:  # else backward has done it
-            add_up([p.grad for p in student.parameters()])
-        with together("the optimizer's step", run, config):
+
+            run.stage = "the optimizer's step"
+            if config.shard == 1:  # else backward has done it
+                add_up([p.grad for p in student.parameters()])
             grad_norm = float(full(torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)))
             if not math.isfinite(grad_norm):
                 raise FloatingPointError("the loss is finite, but the gradient is not")
-            optimizer.param_groups[0]["lr"] = learning_rate(step, config)
+            optimizer.param_groups[0]["lr"] = learning_rate(run.step, config)
             optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        pair.decoder.refresh(student)
+            optimizer.zero_grad(set_to_none=True)
+            if pair.sampler is not student:
+                pair.sampler.refresh(student)
 
-        # log, save, evaluate
-        run.step += 1
-        seconds = {"seconds_sample": sampled - start, "seconds_learn": now(device) - sampled}
-        stats, lens, record = record_of(run, pair, rollout, stats, seconds)
-        run.write(record | {"prefix_len": prefix_len, "lr": learning_rate(step, config), "grad_norm": grad_norm,
-                            "peak_memory": peak_memory(device)})
-        bar.set_postfix_str(f"loss {record['loss']:.4f}, prefix_len {prefix_len}, finished {record['finish']:.0%}, "
-                            f"{record['tokens_per_s']:,.0f} tok/s")
-        if config.schedule == "adaptive":
-            run.adaptive = grow(run.adaptive, stats["kl"], stats["position"], lens, config)
-        if run.interrupted or run.step == config.steps or (config.save_every and run.step % config.save_every == 0):
-            run.save()
-        if test and due(run.step, config) and not run.interrupted:
-            with together("evaluation", run, config):
-                examine(pair, test, config, run)
-        if run.interrupted:
-            break
+            # log, save
+            run.step += 1
+            run.stage = "saving"
+            seconds = {"seconds_sample": sampled - start, "seconds_learn": now(device) - sampled}
+            record = log_step(run, pair, rollout, stats, seconds, prefix_len, grad_norm)
+            show_progress(bar, record)
+            if run.interrupted or run.step == config.steps or (config.save_every and run.step % config.save_every == 0):
+                run.save()
     bar.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if test and not run.interrupted and not run.evaluated():
-        with together("evaluation", run, config):
-            examine(pair, test, config, run)
-    run.summarize(whole_flops(run, pair, rows, config) if test else None)
+    run.summarize()
 
 
-def record_of(run: Run, pair: Pair, rollout: Rollout, stats: dict, seconds: dict) -> tuple[dict, Tensor, dict]:
-    """Gathers a step from all ranks: its statistics by token, the lengths of its responses, and its record in log.jsonl
-    (data/readme.md explains the fields). Brings the run's totals up to date, and an interrupt to every rank."""
-    teacher = pair.teacher.config if run.config.loss != "cross_entropy" else None
-    flops = {"flop_sample": rollout.flop, **learning_flops(rollout, pair.student.config, teacher)}
-    ranks = gather({"stats": stats, "lens": rollout.lens, "finished": rollout.finished, "flops": flops,
-                    "interrupted": run.interrupted})
+def log_step(
+    run: Run, pair: Pair, rollout: Rollout, stats: dict, seconds: dict, prefix_len: int, grad_norm: float
+) -> dict:
+    """Gather a step from all ranks, its statistics by token and the lengths of its responses, and write its record to
+    log.jsonl (data/readme.md explains the fields). Brings an interrupt to every rank, and the adaptive prefix on."""
+    ranks = gather({"stats": stats, "lens": rollout.lens, "finished": rollout.finished, "interrupted": run.interrupted,
+                    "flops": step_flops(pair, rollout, run.config)})
     run.interrupted = any(r["interrupted"] for r in ranks)
     stats = {name: torch.cat([r["stats"][name] for r in ranks]) for name in ranks[0]["stats"]}
     lens, finished = (torch.cat([r[name] for r in ranks]) for name in ("lens", "finished"))
     flops = {name: sum(r["flops"][name] for r in ranks) for name in ranks[0]["flops"]}
-    n, took, flop = len(stats["position"]), sum(seconds.values()), sum(flops.values())
-    sampled = 0 if run.config.rollout == "data" else int(lens.sum())
-    for name, value in zip(run.totals, (sampled, n, flop, took)):
-        run.totals[name] += value
-    return stats, lens, {
+    n, took = len(stats["position"]), sum(seconds.values())
+    if run.config.schedule == "adaptive":
+        run.adaptive = grow(run.adaptive, stats["kl"], stats["position"], lens, run.config)
+    record = {
         "step": run.step, **{name: x.double().mean().item() for name, x in stats.items() if name != "position"},
         "kl_by_position": by_position(stats["kl"], stats["position"]) if "kl" in stats else {},
-        "finish": finished.double().mean().item(), "response_len": lens.double().mean().item(),
-        "tokens": n, **flops, **seconds, "tokens_per_s": n / took, "flop_per_s": flop / took,
-        **{f"total_{name}": x for name, x in run.totals.items()},
+        "finish": finished.double().mean().item(), "response_len": lens.double().mean().item(), "tokens": n, **flops,
+        **seconds, "tokens_per_s": n / took, "flop_per_s": sum(flops.values()) / took, "prefix_len": prefix_len,
+        "lr": learning_rate(run.step - 1, run.config), "grad_norm": grad_norm,
+        "peak_memory": peak_memory(pair.sampler.device),
     }
+    run.write(record)
+    return record
+
+
+def show_progress(bar: tqdm, record: dict) -> None:
+    """In a terminal a bar; into a file a line now and then."""
+    said = (f"loss {record['loss']:.4f}, prefix_len {record['prefix_len']}, finished {record['finish']:.0%}, "
+            f"{record['tokens_per_s']:,.0f} tok/s")
+    bar.set_postfix_str(said, refresh=False)
+    bar.update()
+    if bar.disable and record["step"] % max(1, bar.total // 10) == 0:
+        print(f"step {record['step']}: {said}", flush=True)
+
+
+def examine(pair: Pair, test: list[dict], config: Config, run: Run) -> None:
+    """Measure the student on held-out problems, all on the same sampled responses: accuracy, P(finish), lengths, the KL
+    to the teacher by position, and what a response of full length costs. One record in the log, one line, and one
+    response to look at."""
+    start = time.perf_counter()
+    record, answers = evaluate(
+        pair.sampler, pair.tokenizer, test, max_new_tokens=config.max_new_tokens, stop_ids=pair.stop_ids,
+        temperature=config.temperature, slots=config.eval_batch_size, progress=True,
+    )
+    said = f"P(finish) {record['finish']:.3f}, mean length {record['mean_len']:,.0f}"
+    if config.eval_problems:
+        said = f"accuracy {record['accuracy']:.3f} (95%: {record['low']:.3f} to {record['high']:.3f}), {said}"
+    else:
+        record = {k: v for k, v in record.items() if k not in ("accuracy", "low", "high", "accuracy_given_finish")}
+    if config.eval_kl and pair.teacher is not None:
+        prompts, responses = [row["prompt_ids"] for row in test], [answer["ids"] for answer in answers]
+        rollout = Rollout.of(prompts[: config.eval_kl], responses[: config.eval_kl], pair.stop_ids)
+        stats = score(rollout, pair.sampler, pair.teacher, stop_ids=pair.stop_class, temperature=config.temperature,
+                      micro_tokens=config.micro_tokens)
+        kl, position, prefix_len = stats["kl"], stats["position"], prefix_len_at(run.step, config, run.adaptive)
+        record |= {"kl": kl.mean().item(), "kl_by_position": by_position(kl, position),
+                   "kl_in_prefix": (kl[position < prefix_len].sum() / kl.sum().clamp(min=1e-30)).item()}
+        said += f", KL to the teacher {record['kl']:.4f} nats per token"
+        if run.step == 0:
+            said += f"; the first {prefix_len:,} tokens hold {record['kl_in_prefix']:.0%} of it"
+        read, heads = rollout.prompt_lens + rollout.lens - 1, rollout.num_supervised()
+        rollout.flop = count_flops(pair.student.config, read, heads)
+        record["flop_per_whole_response"] = sum(step_flops(pair, rollout, config).values()) / len(rollout.lens)
+    pair.sampler.cache = None  # larger than a training step's
+    run.write({"step": run.step, "eval": "sampled", **record, "seconds": time.perf_counter() - start})
+    print(f"step {run.step}, {len(test)} held-out problems: {said}\nits response to the first:\n"
+          f"{shorten(answers[0]['response'], 12)}", flush=True)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -476,14 +531,6 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def keep_freed_memory() -> None:
-    """Have the C library keep freed memory for the next step: asking Linux for it again takes longer than using it."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):  # glibc, not musl
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
-
-
 def must_be_finite(stats: dict[str, Tensor]) -> None:
     """Raise FloatingPointError where a token's loss is not finite, naming places and cause."""
     wrong = ~stats["loss"].isfinite()
@@ -495,81 +542,54 @@ def must_be_finite(stats: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def together(stage: str, run: Run, config: Config):
-    """What runs out of memory or becomes infinite on one rank in here ends all of them, with one message that names the
-    flag to change, after saving the run as it was after its last whole step. Other errors end their rank, and torchrun
-    the rest."""
-    failure, out_of_memory = None, False
+def say_what_to_change(run: Run, config: Config):
+    """Around the loop. Out of memory, or numbers that are not finite, end it with one line that names the flag to
+    change. A process alone first saves the run as it was after its last whole step; of several ranks torchrun ends the
+    others, and the last checkpoint counts."""
     try:
         yield
     except (FloatingPointError, RuntimeError) as error:
         out_of_memory = isinstance(error, torch.OutOfMemoryError) or any(
-            words in str(error) for words in ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
-        )
+            words in str(error) for words in ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED"))
         if not out_of_memory and not isinstance(error, FloatingPointError):
             raise
-        failure = (out_of_memory, f"out of memory in {stage}" if out_of_memory else str(error))
-    # Where a sharded model ran out of memory, the other ranks wait inside its forward: they cannot be told.
-    alone = out_of_memory and config.shard > 1 and stage == "learning"
-    failure = failure if alone else next(filter(None, gather(failure)), None)
-    if failure is None:
-        return
-    out_of_memory, what = failure
-    if run.step and not alone and not (out_of_memory and stage == "the optimizer's step"):
-        run.save()
-    again = "Start again (--overwrite)" if run.saved is None else "Start another run from there (--student)"
-    mend = "with a lower --eval_batch_size" if stage == "evaluation" else "with a lower --batch_size or --prefix_len"
-    if not out_of_memory:
-        mend = "with a lower --lr, or with --dtype float32"
-    elif stage not in ("sampling", "evaluation"):
-        again = again if run.saved is None else "Go on (--resume)"
-        mend = f"with a lower --micro_tokens (it was {config.micro_tokens}), or with --recompute"
-    kept = f"the last state saved is {run.saved}" if run.saved else "nothing was saved"
-    step = run.step + (stage != "evaluation")
-    raise InputError(f"step {step}: {what}; {kept}. {again} {mend}")
+        if run.step and world() == 1 and not (out_of_memory and run.stage == "the optimizer's step"):  # half made
+            run.save()
+        kept = f"the last state saved is {run.saved}" if run.saved else "nothing was saved"
+        again = "Start another run from there (--student)" if run.saved else "Start again (--overwrite)"
+        if not out_of_memory:
+            mend = "with a lower --lr, or with --dtype float32"
+        elif run.stage == "evaluation":
+            mend = "with a lower --eval_batch_size"
+        elif run.stage == "sampling":
+            mend = "with a lower --batch_size or --prefix_len"
+        else:
+            again = "Go on (--resume)" if run.saved else again
+            mend = f"with a lower --micro_tokens (it was {config.micro_tokens}), or with --recompute"
+        what = f"out of memory in {run.stage}" if out_of_memory else error
+        raise InputError(f"step {run.step + (run.stage != 'evaluation')}: {what}; {kept}. {again} {mend}") from None
 
 
 # --- what a step costs
 
 
-def learning_flops(rollout: Rollout, student, teacher) -> dict[str, float]:
-    """Matmul FLOP of one step's scoring and learning, of the tokens really processed, padding not counted. student and
-    teacher (None where it does not score) are configurations. What --recompute computes twice is counted once."""
-    read = rollout.prompt_lens.double() + rollout.supervised[:, 1] - 1  # the last supervised token is only predicted
-    tokens, pairs, heads = read.sum().item(), (read * (read + 1) / 2).sum().item(), rollout.num_supervised()
-    return {"flop_teacher": count_flops(teacher, tokens, pairs, heads) if teacher is not None else 0.0,
-            "flop_student": 3 * count_flops(student, tokens, pairs, heads)}
-
-
-def row_flops(writer: str, scored: bool, student, teacher, prompt: float, length: float, rms: float = 0) -> list[float]:
-    """FLOP of sampling, scoring and learning from one response of `length` tokens that the writer ("student", "teacher"
-    or "data") wrote; rms: its root mean square, where `length` is a mean."""
-    fed = prompt - 1 + length
-    square = (prompt - 1) ** 2 + 2 * (prompt - 1) * length + (rms or length) ** 2
-    once = {name: count_flops(model, fed, (square + fed) / 2, length) if model is not None else 0.0
-            for name, model in (("student", student), ("teacher", teacher))}
-    return [once.get(writer, 0.0), once["teacher"] * scored, 3 * once["student"]]
-
-
-def whole_flops(run: Run, pair: Pair, rows: list[dict], config: Config) -> float | None:
-    """What the run's steps would have cost on whole responses, by the lengths seen in its evaluations."""
-    seen = [r for r in run.records() if r.get("eval") == "student" and r["kind"] == "sampled"]
-    if not seen or pair.teacher is None or config.rollout != "student" or config.window != "prefix":
-        return None
-    prompt = sum(len(row["prompt_ids"]) for row in rows) / len(rows)
-    models = pair.student.config, pair.teacher.config
-    per_row = [sum(row_flops("student", config.loss != "cross_entropy", *models, prompt, r["mean_len"], r["rms_len"]))
-               for r in seen]
-    return run.step * config.batch_size * sum(per_row) / len(per_row)
+def step_flops(pair: Pair, rollout: Rollout, config: Config) -> dict[str, float]:
+    """Matmul FLOP of a step on this rollout, of the tokens really processed, padding not counted. What --recompute
+    computes twice is counted once."""
+    read, heads = rollout.prompt_lens + rollout.supervised[:, 1] - 1, rollout.num_supervised()
+    scored = config.loss != "cross_entropy"
+    return {"flop_sample": rollout.flop,
+            "flop_teacher": count_flops(pair.teacher.config, read, heads) if scored else 0.0,
+            "flop_student": 3 * count_flops(pair.student.config, read, heads)}
 
 
 def plan(config: Config) -> dict[str, float]:
-    """Print parameters, memory by part and FLOP by prefix length, from the two configurations alone. Returns bytes a
+    """Print parameters, memory by part and FLOP by prefix length, from the two configurations alone. Returns bytes per
     device "while sampling" and "while learning".
 
-    Assumed: prompts of 64 tokens, whole responses of --max_new_tokens, the longest response in every row; for the FLOP
-    that --window is prefix and --schedule constant. Not counted: evaluation, whose cache grows with --eval_batch_size
-    x --max_new_tokens, and what Python, torch and the prompts take.
+    Assumed: prompts of 64 tokens, whole responses of --max_new_tokens, every response as long as can be. Not counted:
+    evaluation, whose cache grows with --eval_batch_size x --max_new_tokens; what Python, torch and the prompts take;
+    and parts of a few percent.
     """
     prompt, whole, length = 64, config.max_new_tokens, longest_response(config)
     on_gpu = (config.device or choose_device("").type).startswith("cuda")  # which need not be here
@@ -577,55 +597,51 @@ def plan(config: Config) -> dict[str, float]:
     s, t = (load_config(checkpoint_folder(name, ("config.json",))) if name else None
             for name in (config.student, config.teacher))
     P, P_t = count_parameters(s), count_parameters(t) if t is not None else 0
-    V, H, D, parts = s.vocab_size, s.hidden_size, head_dim_of(s), config.shard
-    rows = math.ceil(config.batch_size / config.world)
-    packed = 1 if on_gpu or size == 2 else 2  # a CPU's Decoder holds its matrices twice
+    V, H, layers, rows = s.vocab_size, s.hidden_size, s.num_hidden_layers, math.ceil(config.batch_size / config.world)
     # What autograd keeps of a token in a block: inputs of norms in float32, inputs of products in `size` bytes.
-    heads = s.num_attention_heads * D + s.num_key_value_heads * D
-    norms = 4 * H + (2 * heads if s.model_type == "qwen3" else 0)
-    block = 4 * norms + size * (2 * H + 2 * heads + 4 * s.intermediate_size)
-    tokens, layers = max(config.micro_tokens, prompt + length), s.num_hidden_layers
-    activations = tokens * (4 * H * layers + block if config.recompute else block * layers)
-    chunk = min(256, tokens) * V * 4 * (9 if on_gpu else 2.5)
-    writers = [t] if config.rollout == "teacher" else [s, t] if config.mix else [s]
+    heads = (s.num_attention_heads + s.num_key_value_heads) * head_dim_of(s)
+    block = 4 * (4 * H + 2 * heads * (s.model_type == "qwen3")) + size * (2 * H + 2 * heads + 4 * s.intermediate_size)
+    tokens = max(config.micro_tokens, prompt + length)
+    writers = [t] if config.rollout == "teacher" else [s, t] if config.mix else [s] * (config.rollout != "data")
     kv = sum(2 * w.num_hidden_layers * w.num_key_value_heads * head_dim_of(w) for w in writers)
-    gathered = size * (V * H * (1 if s.tie_word_embeddings else 2) + (P - V * H) // layers * 2) * (parts > 1)
-    head_t = size * t.vocab_size * t.hidden_size if t is not None else 0
-    always = {"student: float32 weights": 4 * P / parts, "student: AdamW's moments": 8 * P / parts,
-              "student: copy that samples": packed * size * P,
-              "teacher": packed * size * P_t / (parts if config.shard_teacher else 1),
-              "KV cache": kv * (prompt + length) * min(rows, 256) * size * (config.rollout != "data")}
-    sampling = {"logits of the new tokens": min(rows, 256) * V * 24}
-    learning = {"gradients": 4 * P / parts, "gradient of the head, on its way": 4 * V * H, "logits of a chunk": chunk,
-                "activations kept for backward": activations,
-                "activations passing through": tokens * size * (4 * H + 3 * s.intermediate_size),
-                "weights gathered by --shard": gathered + 2 * head_t * config.shard_teacher}
-    if config.teacher_device:  # the teacher lies there, and a copy of its head here
-        always["teacher"] = head_t
+    always = {
+        "student: float32 weights": 4 * P / config.shard, "student: AdamW's moments": 8 * P / config.shard,
+        "student: copy that samples": size * P * (size < 4 or config.shard > 1),
+        "teacher": 0 if config.teacher_device else size * P_t / (config.shard if config.shard_teacher else 1),
+        "KV cache": kv * (prompt + length) * min(rows, MAX_SLOTS) * size}
+    sampling = {"logits of the new tokens": min(rows, MAX_SLOTS) * V * 24}
+    learning = {
+        "gradients": 4 * P / config.shard, "gradient of the head": 4 * V * H,
+        "logits of a chunk": min(CHUNK_ROWS, tokens) * V * 4 * (9 if on_gpu else 2.5),
+        "activations kept for backward": tokens * (4 * H * layers + block if config.recompute else block * layers)}
     teacher = f"; teacher {config.teacher}: {P_t:,}" if P_t else ""
     print(f"student {config.student}: {P:,} parameters{teacher}"
-          f"\nassumed: prompts of {prompt} tokens, whole responses of {whole}, {rows} of {config.batch_size} rows on a "
-          f"device, micro-batches of {config.micro_tokens} tokens, {size} bytes a number in forward passes\n\n"
+          f"\nassumed: prompts of {prompt} tokens, whole responses of {whole}, {rows} of {config.batch_size} rows per "
+          f"device, micro-batches of {config.micro_tokens} tokens, {size} bytes per number in forward passes\n\n"
           "memory of a device, GB")
-    for part, b in (always | sampling | learning).items():
+    found = {f"while {name}": sum(always.values()) + sum(more.values())
+             for name, more in (("sampling", sampling), ("learning", learning))}
+    for part, b in (always | sampling | learning | {f"in all, {name}": b for name, b in found.items()}).items():
         print(f"  {part:40}{b / 1e9:10.3f}")
-    found = {name: sum(always.values()) + sum(more.values())
-             for name, more in (("while sampling", sampling), ("while learning", learning))}
-    for name, b in found.items():
-        print(f"  {'in all, ' + name:40}{b / 1e9:10.3f}")
-    scored, mix = config.loss != "cross_entropy", config.mix
-    by_teacher = row_flops("teacher", scored, s, t, prompt, whole)  # what --mix adds
-    uncut = sum(row_flops(config.rollout, scored, s, t, prompt, whole))
-    print("\nTFLOP a step whose responses are cut at prefix_len\n  prefix_len     sampling      teacher      student"
+
+    def flops(writer, cut: int) -> list[float]:
+        """Of sampling, scoring and learning from one response, by a --prefix_len of `cut`."""
+        sampled = cut if config.window == "prefix" else whole
+        end = {"prefix": cut, "first": cut, "last": whole, "random": (cut + whole) / 2}[config.window]
+        wrote, read = (torch.tensor([prompt + n - 1.0]) for n in (sampled, end))
+        return [count_flops(writer, wrote, sampled) if writer is not None else 0.0,
+                count_flops(t, read, cut) if config.loss != "cross_entropy" else 0.0, 3 * count_flops(s, read, cut)]
+
+    writer = writers[0] if writers else None
+    by_teacher = flops(t, whole) if config.mix else [0.0] * 3
+    print("\nTFLOP per step with responses cut at prefix_len\n  prefix_len     sampling      teacher      student"
           "          all  saving")
     for cut in sorted({min(config.prefix_len, whole), whole, *(whole >> k for k in range(1, 8) if whole >> k)}):
-        parts = row_flops(config.rollout, scored, s, t, prompt, cut)
-        parts = [(1 - mix) * part + mix * other for part, other in zip(parts, by_teacher)]
+        parts = [(1 - config.mix) * a + config.mix * b for a, b in zip(flops(writer, cut), by_teacher)]
         shown = (f"{config.batch_size * x / 1e12:12.4g}" for x in (*parts, sum(parts)))
-        print(f"  {cut:10,} {' '.join(shown)}  {uncut / sum(parts):5.1f}x")
+        print(f"  {cut:10,} {' '.join(shown)}  {sum(flops(writer, whole)) / sum(parts):5.1f}x")
     return found
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
     run_command(train, parse_flags(Config, __doc__))

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from data import InputError, read_json
-from data.run import MAY_CHANGE, read_log
+from data.run import MAY_CHANGE, damaged, read_log
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#999999")  # Okabe and Ito's
 
@@ -111,8 +111,7 @@ def draw_teacher_prefix(config: dict, curves: dict):
 
 # --- any number of runs
 
-METRICS = {"sampled_accuracy": "accuracy, sampled", "greedy_accuracy": "accuracy, greedy",
-           "kl": "held-out KL, nats a token"}
+METRICS = {"accuracy": "accuracy, sampled", "kl": "held-out KL, nats per token"}
 NOT_COMPARED = MAY_CHANGE - {"steps"} | {"seed"}
 
 
@@ -120,22 +119,20 @@ def read_run(folder: Path) -> dict:
     """{"config", "points": [{step, flop, tokens, seconds, and the metrics evaluated there}]} of a run's folder."""
     if not (folder / "log.jsonl").is_file():
         raise InputError(f"{folder}: no log.jsonl there, so it is no run's folder")
-    costs = {"flop": "total_flop", "tokens": "total_tokens_trained", "seconds": "total_seconds"}
-    spent, points = {0: dict.fromkeys(costs, 0)}, {}
-    try:
+    points, spent = [], {"flop": 0.0, "tokens": 0, "seconds": 0.0}
+    with damaged(folder / "log.jsonl"):
         for r in read_log(folder / "log.jsonl"):
             if "loss" in r:
-                spent[r["step"]] = {cost: r[total] for cost, total in costs.items()}
-            elif r["eval"] == "student":
-                point, kind = points.setdefault(r["step"], {"step": r["step"], **spent[r["step"]]}), r["kind"]
-                point |= {"kl": r["kl"]} if kind == "kl" else {
-                    f"{kind}_accuracy": r["accuracy"], f"{kind}_finish": r["finish"], f"{kind}_length": r["mean_len"]}
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder / 'log.jsonl'}: not a run's log ({error!r})") from None
+                spent = {"flop": spent["flop"] + r["flop_sample"] + r["flop_teacher"] + r["flop_student"],
+                         "tokens": spent["tokens"] + r["tokens"],
+                         "seconds": spent["seconds"] + r["seconds_sample"] + r["seconds_learn"]}
+            else:
+                found = {key: r[key] for key in ("accuracy", "finish", "mean_len", "kl") if key in r}
+                points.append({"step": r["step"], **spent, **found})
     config = read_json(folder / "config.json")
     if config.get("schedule") == "constant":  # then these mean nothing
         config["prefix_start"] = None
-    return {"config": config, "points": [points[s] for s in sorted(points)]}
+    return {"config": config, "points": points}
 
 
 def group_runs(folders: list[str]) -> dict[str, list[dict]]:
@@ -207,7 +204,7 @@ def draw_runs(folders: list[str], out: str, goals: tuple[float, ...] = (0.5, 0.7
     title += [f"mean over seeds (up to {several}), bars: lowest to highest" if several > 1 else "one seed"]
     title += [f"the runs also differ in {', '.join(hidden)}"] if hidden else []
     figure.suptitle("; ".join(title).capitalize(), fontsize=11)
-    for key in [k for k in metrics if k.endswith("accuracy")]:
+    for key in [k for k in metrics if k == "accuracy"]:
         print(f"\nFLOP at the first evaluation with {metrics[key]} of at least ... (mean of the runs that got there)\n"
               f"{'':{wide}}" + "".join(f"{goal:18}" for goal in goals))
         for name, runs in zip(names, groups.values()):

@@ -8,12 +8,11 @@ train.py's Config throughout.
 import json
 import os
 import re
-import reprlib
 import shutil
 import signal
 import zlib
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,7 +27,6 @@ try:
 except ImportError:  # Windows: no lock there
     fcntl = None
 
-TOTALS = ("tokens_sampled", "tokens_trained", "flop", "seconds")  # counters of a run
 KEEP = 2  # checkpoints of a run that stay
 LOCK = ".train.lock"
 # Flags that may change between a run and its resumption. Those of the second line change the last bits at most.
@@ -42,10 +40,10 @@ def restore_flags(config) -> Path:
     out = Path(config.out_dir)
     if config.overwrite:
         raise InputError("--resume and --overwrite contradict each other")
-    complete = checkpoints(out)
-    if not complete:
+    found = checkpoints(out)
+    if not found:
         raise InputError(f"--resume: no complete checkpoint in --out_dir {out}")
-    before = read_state(complete[-1], config)["config"]
+    before = read_state(found[-1])["config"]
     given = getattr(config, "typed", set(before))  # a config made in code means all it says
     now, own = asdict(config), ("resume", "overwrite", "out_dir", "plan", "world")
     for name in now.keys() & before.keys() - {*own}:
@@ -65,28 +63,26 @@ def restore_flags(config) -> Path:
         if "steps" in differ and getattr(config, name) in paces:
             raise InputError(f"--resume: --steps cannot change: --steps {was['steps']} set the pace of "
                              f"--{name} {getattr(config, name)}")
-    return complete[-1]
+    return found[-1]
 
 
-def read_state(folder: Path, config) -> dict:
-    """A checkpoint's state.json. Raises InputError where a value is not of the kind that `save` writes."""
-    file = folder / "state.json"
-    state, known = read_json(file), {f.name: type(f.default) for f in fields(config)}
-    parts = {name: part for name, part in state.items() if isinstance(part, dict)}
-    kinds = {"step": int, "config.steps": int, "adaptive.prefix_len": int}
-    kinds |= {f"totals.{name}": float for name in TOTALS}
-    kinds |= {f"config.{name}": known[name] for name in parts.get("config", {}) if name in known}
-    if parts.get("adaptive", {}).get("smooth") is not None:
-        kinds |= {"adaptive.waited": int} | {f"adaptive.{name}": float for name in ("smooth", "lowest", "first")}
-    for key, kind in kinds.items():
-        part, _, name = key.rpartition(".")
-        value = (parts.get(part, {}) if part else state).get(name)
-        if type(value) not in ((int, float) if kind is float else (kind,)):
-            raise InputError(f"{file}: {key} should be of type {kind.__name__}, found {reprlib.repr(value)}. Delete "
-                             f"{folder} to resume from the checkpoint before it")
-    if f"step_{state['step']:06d}" != folder.name or parts["adaptive"]["prefix_len"] < 1:
-        raise InputError(f"{file}: its step {state['step']} or its adaptive.prefix_len cannot be true")
-    return state
+def read_state(folder: Path) -> dict:
+    """A checkpoint's state.json."""
+    with damaged(folder / "state.json"):
+        state = read_json(folder / "state.json")
+        if folder.name != f"step_{state['step']:06d}":
+            raise KeyError("step")
+        return {key: state[key] for key in ("step", "adaptive", "inputs", "config")}
+
+
+@contextmanager
+def damaged(file: Path):
+    """One line that names a file of a run, whatever turns out to be wrong with it."""
+    try:
+        yield
+    except (InputError, OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: damaged, or not written by a run ({error}). If it is a checkpoint's, delete its "
+                         "folder to resume from the one before it") from None
 
 
 @contextmanager
@@ -173,22 +169,6 @@ def read_log(log: Path) -> list[dict]:
     return records
 
 
-STEP = ("step", "loss", "finish", "seconds_sample", "seconds_learn", "total_flop", "total_seconds",
-        "total_tokens_trained")  # numbers of a step's record, and of an evaluation's, that `summarize` needs
-EVALUATION = {"kl": ("step", "seconds", "kl", "response_len"),
-              "accuracy": ("step", "seconds", "accuracy", "low", "high", "finish", "mean_len", "rms_len")}
-
-
-def check_records(records: list[dict], log: Path) -> None:
-    """Raise InputError where a record of a run's log lacks what `summarize` needs."""
-    for n, r in enumerate(records, start=1):
-        needed = EVALUATION["kl" if r.get("kind") == "kl" else "accuracy"] if "eval" in r else STEP
-        lacking = [name for name in needed if type(r.get(name)) not in (int, float)]
-        lacking += [name for name in ("eval", "kind") if "eval" in r and not isinstance(r.get(name), str)]
-        if lacking:
-            raise InputError(f"{log}, line {n}: not a run's record, since {', '.join(lacking)} cannot be used")
-
-
 def fingerprint(folder: Path) -> list[list]:
     """Identifies a checkpoint's weights: name, size and a checksum of the last megabyte of each file."""
     found: list[list] = []
@@ -199,33 +179,16 @@ def fingerprint(folder: Path) -> list[list]:
     return found
 
 
-class Unbroken:
-    """A standard stream whose reader may go away (`| head`): the run goes on without it."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> None:
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
 class Run:
-    """The state of a run beside its models: `step` (steps made), `totals` (counters), `adaptive` (state of an adaptive
-    prefix), `interrupted` (by Ctrl-C), and its folder on disk. Of several ranks, rank 0 writes and all read."""
+    """The state of a run beside its models: `step` (steps made), `stage` (what it is doing), `adaptive` (state of an
+    adaptive prefix), `interrupted` (by Ctrl-C), and its folder on disk. Of several ranks, rank 0 writes and all read.
+    """
 
     def __init__(self, config, pair, optimizer, resume_from: Path | None, inputs: dict):
         """inputs: checksums of what a resumed run must find unchanged, by what they are of."""
         self.config, self.student, self.tokenizer, self.stop_ids = config, pair.student, pair.tokenizer, pair.stop_ids
         self.optimizer, self.out, self.saved, self.inputs = optimizer, Path(config.out_dir), resume_from, inputs
-        self.log, self.step, self.interrupted = self.out / "log.jsonl", 0, False
-        self.totals = dict.fromkeys(TOTALS, 0)
+        self.log, self.step, self.stage, self.interrupted = self.out / "log.jsonl", 0, "", False
         self.adaptive = {"prefix_len": config.prefix_start, "smooth": None}
         if resume_from is not None:
             self.load(resume_from)
@@ -237,9 +200,8 @@ class Run:
                     remove(path)
             elif self.log.is_file():  # records after the checkpoint will be written again; a torn last line goes
                 temporary = self.log.with_name("log.jsonl.incomplete")
-                records = read_log(self.log)
-                check_records(records, self.log)
-                kept = [r for r in records if r["step"] <= self.step]
+                with damaged(self.log):
+                    kept = [r for r in read_log(self.log) if r["step"] <= self.step]
                 temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
                 os.replace(temporary, self.log)
             (self.out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
@@ -264,12 +226,6 @@ class Run:
         """The log as rank 0 sees it, on every rank."""
         return gather(read_log(self.log) if rank() == 0 and self.log.is_file() else [])[0]
 
-    def evaluated(self) -> bool:
-        """Whether the student has been evaluated after its last step, in all that was asked for."""
-        kinds = {r["kind"] for r in self.records() if r.get("eval") == "student" and r["step"] == self.step}
-        wanted = {"greedy", "sampled"} if self.config.eval_problems else set()
-        return wanted | ({"kl"} if self.config.eval_kl and self.config.teacher else set()) <= kinds
-
     def save(self) -> None:
         """Write out_dir/step_NNNNNN: a Hugging Face folder plus what resuming needs. It appears whole or not at all.
         All ranks call it, since a sharded student is collected from all; rank 0 writes, and the others wait for it."""
@@ -278,7 +234,7 @@ class Run:
         weights = collect({name: p for p, name in names.items()})
         moments = collect({f"{names[p]}.{key}": value for p, state in self.optimizer.state.items()
                            for key, value in state.items() if key != "step"})
-        state = {"step": self.step, "totals": self.totals, "adaptive": self.adaptive, "inputs": self.inputs,
+        state = {"step": self.step, "adaptive": self.adaptive, "inputs": self.inputs,
                  "config": asdict(self.config)}
         if rank() == 0:
             try:
@@ -311,56 +267,46 @@ class Run:
         self.saved = final
 
     def load(self, folder: Path) -> None:
-        before, file = read_state(folder, self.config), folder / "optimizer.safetensors"
-        was = before["inputs"] if isinstance(before.get("inputs"), dict) else {}
+        before, file = read_state(folder), folder / "optimizer.safetensors"
         for name, now in self.inputs.items():
-            if was.get(name, now) != now:
+            if before["inputs"].get(name, now) != now:
                 raise InputError(f"--resume of {self.out}: the {name} has changed since the run began, so it would not "
                                  "be the same run: put it back, or start another run")
-        self.step, self.totals, self.adaptive = before["step"], before["totals"], before["adaptive"]
-        try:
+        self.step, self.adaptive = before["step"], before["adaptive"]
+        with damaged(file):
             moments = load_file(file)
             for name, p in self.student.named_parameters():
                 state = {key: moments[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq")}
-                if any(x.shape != p.shape or x.dtype != p.dtype or not x.isfinite().all() for x in state.values()):
-                    raise ValueError(f"{name} has another shape or dtype, or is not finite")  # fused AdamW trusts it
-                state = {key: like(x, p) for key, x in state.items()}
-                state["step"] = torch.tensor(float(self.step), device=p.device)  # as fused AdamW keeps it
-                self.optimizer.state[p] = state
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise InputError(f"{file}: not a complete optimizer state ({error}). Delete {folder} to resume from the "
-                             "checkpoint before it") from None
+                if any(x.shape != p.shape or x.dtype != p.dtype for x in state.values()):
+                    raise ValueError(f"{name} has another shape or dtype")  # fused AdamW would trust it
+                self.optimizer.state[p] = {key: like(x, p) for key, x in state.items()}
+                self.optimizer.state[p]["step"] = torch.tensor(float(self.step), device=p.device)  # as AdamW does
 
-    def summarize(self, whole: float | None) -> None:
-        """Print a run's last block from its log: what was learned and what it cost. whole: FLOP of the same steps on
-        whole responses, where known."""
+    def summarize(self) -> None:
+        """Print a run's last block from its log: what was learned and what it cost."""
         records = self.records()
         steps, evals = [r for r in records if "loss" in r], [r for r in records if "eval" in r]
-        first, final = steps[0], steps[-1]
+        first, final, config = steps[0], steps[-1], self.config
         note = " (interrupted; go on with --resume)" if self.interrupted else ""
-        print(f"\nafter {final['step']} steps{note}: loss {first['loss']:.4f} -> {final['loss']:.4f}")
-        for r in evals:
-            if r["eval"] == "teacher":
-                print(f"  teacher, greedy accuracy:   {r['accuracy']:.3f}, mean length {r['mean_len']:.0f}")
-        for kind in ("greedy", "sampled", "kl"):
-            mine = [r for r in evals if r["eval"] == "student" and r["kind"] == kind]
-            if not mine or mine[-1]["step"] != final["step"]:
-                continue
-            key, last = "kl" if kind == "kl" else "accuracy", mine[-1]
-            change = (f"{mine[0][key]:.3f} -> " if mine[0]["step"] == 0 else "") + f"{last[key]:.3f}"
-            print(f"  student, held-out KL:       {change} nats a token, over whole responses of "
-                  f"{last['response_len']:.0f} tokens" if kind == "kl" else
-                  f"  student, {kind + ' accuracy:':18} {change} (95%: {last['low']:.3f} to {last['high']:.3f}), "
-                  f"P(finish) {last['finish']:.3f}, mean length {last['mean_len']:.0f}")
-        total = {part: sum(r[f"seconds_{part}"] for r in steps) for part in ("sample", "learn")}
-        flop, cut = final["total_flop"], sum(1 - r["finish"] for r in steps) / len(steps)
-        print(f"  seconds: sampling {total['sample']:.1f}, scoring and learning {total['learn']:.1f}, evaluations "
-              f"{sum(r['seconds'] for r in evals):.1f}\n  {final['total_tokens_trained']:,} tokens trained on, "
-              f"{flop / 1e12:.3g} TFLOP, {flop / final['total_seconds'] / 1e9:.1f} GFLOP/s")
-        if whole is not None and not cut:
-            print("  the prefix cut none of the responses: this was plain on-policy distillation")
-        elif whole is not None:
+        print(f"\nafter {final['step']} step{'s' * (final['step'] > 1)}{note}: loss {first['loss']:.4f} -> "
+              f"{final['loss']:.4f}")
+        before, after = ([r for r in evals if r["step"] == step][:1] for step in (0, final["step"]))
+        for key, name in (("accuracy", "sampled accuracy"), ("finish", "P(finish)"), ("mean_len", "mean length"),
+                          ("kl", "KL to the teacher, nats per token")):
+            values = [f"{r[key]:,.0f}" if key == "mean_len" else f"{r[key]:.3f}" for r in before + after if key in r]
+            if after and key in after[0]:
+                print(f"  {name + ':':35}{' -> '.join(values)}")
+        seconds = {part: sum(r[f"seconds_{part}"] for r in steps) for part in ("sample", "learn")}
+        flop = sum(r[f"flop_{part}"] for r in steps for part in ("sample", "teacher", "student"))
+        print(f"  seconds: sampling {seconds['sample']:.1f}, scoring and learning {seconds['learn']:.1f}, evaluations "
+              f"{sum(r['seconds'] for r in evals):.1f}\n  {sum(r['tokens'] for r in steps):,} tokens trained on, "
+              f"{flop / 1e12:.3g} TFLOP, {flop / sum(seconds.values()) / 1e9:.1f} GFLOP/s")
+        whole = [r["flop_per_whole_response"] for r in evals if "flop_per_whole_response" in r]
+        if whole and config.rollout == "student" and config.window == "prefix" and not config.mix:
+            cut = sum(1 - r["finish"] for r in steps) / len(steps)
+            whole = len(steps) * config.batch_size * sum(whole) / len(whole)
             print(f"  the prefix cut {cut:.0%} of the responses; on whole ones the same steps would have cost about "
-                  f"{whole / 1e12:.3g} TFLOP, {whole / flop:.1f} times as much")
+                  f"{whole / 1e12:.3g} TFLOP, {whole / flop:.1f} times as much" if cut else
+                  "  the prefix cut none of the responses: this was plain on-policy distillation")
         print(f"  checkpoint {self.saved}\n  talk to it: python sample.py --model {self.saved} --data "
-              f"{self.config.eval_data or self.config.data}\n  log {self.log}")
+              f"{config.eval_data or config.data}\n  log {self.log}")

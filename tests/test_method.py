@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import sample
 import train
 from data import HERE
 from data.tokenizer import Tokenizer
 from loss import distill_loss
 from model import Transformer
-from sample import Decoder, generate
+from sample import KVCache, generate
 from tests.reference import dense_loss, full_recompute
 from train import Config
 
@@ -70,9 +71,10 @@ def test_2_splitting_a_step_into_micro_batches_changes_nothing(one_step):
 def test_3_only_response_tokens_count_and_the_students_own_stop_among_them(one_step):
     rollout, _ = one_step(prefix_len=256)
     assert rollout.finished.all()
-    for tokens, mask, _ in rollout.micro_batches(1):  # row by row, the longest first
-        i = next(i for i in range(6) if torch.equal(rollout.tokens[i, : tokens.shape[1]], tokens[0]))
-        assert tokens[:, 1:][mask].tolist() == rollout.response(i)
+    for row in rollout.micro_batches(1):  # one by one, the longest first
+        _, _, targets, _ = rollout.part(row, "cpu")
+        i = int(row)
+        assert targets.tolist() == rollout.response(i)
         assert rollout.response(i)[-1] in Tokenizer(STUDENT).stop_ids
 
 
@@ -85,9 +87,9 @@ def test_4_no_stop_is_invented_at_the_cut(one_step):
 
 
 def test_5_the_cut_ends_the_sampling(one_step, monkeypatch):
-    positions, step = [], Decoder.step
-    monkeypatch.setattr(Decoder, "step", lambda self, tokens, at, *rest: positions.append(at.clone())
-                        or step(self, tokens, at, *rest))
+    positions, step = [], sample.next_tokens
+    monkeypatch.setattr(sample, "next_tokens", lambda model, tokens, at, *rest: positions.append(at.clone())
+                        or step(model, tokens, at, *rest))
     rollout, _ = one_step(prefix_len=5)
     last = max(int(at.max()) for at in positions[-4:])  # the step's decoding comes after the preflight's
     assert last <= int(rollout.prompt_lens.max()) + 5 - 2  # the fifth token is never fed back
@@ -111,7 +113,7 @@ def test_8_the_sampler_draws_what_a_sampler_that_recomputes_everything_draws():
     model, tokenizer = Transformer.from_pretrained(STUDENT).double(), Tokenizer(STUDENT)
     lines = (HERE / "chains/test.jsonl").read_text().splitlines()[:3]
     prompts = [tokenizer.encode_prompt(json.loads(line)["prompt"]) for line in lines]
-    rollout = generate(Decoder(model), prompts, 40, tokenizer.stop_ids, slots=2)
+    rollout = generate(model, prompts, 40, tokenizer.stop_ids, slots=2)
     for i, prompt in enumerate(prompts):
         noise = torch.rand(40, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
         expected = full_recompute(model, prompt, 40, tokenizer.stop_ids, lambda logits, step, noise=noise: int(
@@ -119,16 +121,17 @@ def test_8_the_sampler_draws_what_a_sampler_that_recomputes_everything_draws():
         assert rollout.response(i) == expected
 
 
-def test_9_the_decoders_hidden_states_are_the_transformers():
+def test_9_reading_with_the_cache_is_reading_without_it():
     model = Transformer.from_pretrained(STUDENT).double()
-    decoder, tokens = Decoder(model), torch.randint(0, 600, (3, 40), generator=torch.Generator().manual_seed(0))
-    expected = model(tokens)
-    assert torch.allclose(decoder(tokens), expected, atol=1e-12)
-    cache, rows = decoder.cache_for(3, 40), torch.arange(3)
-    decoder.prefill(tokens[:, :25], cache, rows)
-    for at in range(25, 40):
-        hidden = decoder.step(tokens[:, at], torch.full((3,), at), cache, at + 1)
-        assert torch.allclose(hidden, expected[:, at], atol=1e-12)
+    tokens = torch.randint(0, 600, (3, 40), generator=torch.Generator().manual_seed(0))
+    expected, cache = model(tokens), KVCache(model.config, 3, 40, "cpu", torch.float64)
+    cache.write_prompts(torch.arange(3))
+    assert torch.allclose(model(tokens[:, :25], cache=cache), expected[:, :25], atol=1e-12)
+    for t in range(25, 40):
+        at = torch.full((3,), t)
+        cache.write_at(at, t + 1)
+        hidden = model(tokens[:, t : t + 1], at[:, None], cache)
+        assert torch.allclose(hidden[:, 0], expected[:, t], atol=1e-12)
 
 
 def test_10_killed_and_resumed_equals_left_alone(tmp_path):

@@ -1,13 +1,14 @@
+import copy
 import math
-import platform
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+import sample
 from data import InputError
 from model import Transformer, count_flops
-from sample import Decoder, KVCache, Rollout, generate, sample_token, shorten
+from sample import KVCache, Rollout, generate, sample_token, shorten
 from tests.reference import full_recompute, live
 from tests.test_model import FAMILIES
 
@@ -21,11 +22,6 @@ CONFIG = Qwen3Config(
 @pytest.fixture(scope="module")
 def model():
     return live(CONFIG, seed=0).double()
-
-
-@pytest.fixture(scope="module")
-def decoder(model):
-    return Decoder(model)
 
 
 def ragged_prompts(n: int, seed: int = 0, longest: int = 12) -> list[list[int]]:
@@ -57,73 +53,60 @@ def check(rollout, prompts, stop_ids, expected):
         assert not rollout.tokens[i, len(prompt) + len(response) :].any()
 
 
-# --- the decoder
+# --- the cache
 
 
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_decoder_computes_what_the_transformer_does(family, rows):
-    """Prefill of ragged prompts into slots of a larger cache, then six steps, against the forward of whole rows."""
+def test_reading_with_the_cache_is_reading_without_it(family, rows):
+    """Ragged prompts into slots of a larger cache, then six steps, against the forward of whole rows."""
     model = live(FAMILIES[family], seed=3).double().requires_grad_(False)
-    decoder = Decoder(model, vocab=90)
+    model.vocab = 90
     g = torch.Generator().manual_seed(rows)
     tokens, lens = torch.randint(97, (rows, 15), generator=g), torch.randint(1, 10, (rows,), generator=g)
     full = model(tokens)  # row i: lens[i] tokens of prompt, then six more
     cache = KVCache(model.config, rows + 2, 20, "cpu", torch.float64)
     slots = torch.randperm(rows + 2, generator=g)[:rows]
-    cache.kv.fill_(math.nan)  # what nobody has written must not be seen
-    cache.kv[:, :, :, 15:] = 0
-    prefilled = decoder.prefill(tokens[:, :9], cache, slots)
-    assert torch.allclose(prefilled, full[:, :9], rtol=0, atol=1e-12)
-    assert torch.allclose(decoder(tokens), full, rtol=0, atol=1e-12)
-    cache.kv = torch.where(cache.kv.isnan(), 0.0, cache.kv)
+    for x in (cache.k, cache.v):
+        x.fill_(math.nan)  # what nobody has written must not be seen
+        x[:, :, :, 15:] = 0
+    cache.write_prompts(slots)
+    assert torch.allclose(model(tokens[:, :9], cache=cache), full[:, :9], rtol=0, atol=1e-12)
+    cache.k, cache.v = (torch.where(x.isnan(), 0.0, x) for x in (cache.k, cache.v))
     for step in range(6):
         at = torch.zeros(rows + 2, dtype=torch.long)
         at[slots] = lens + step
         new = torch.zeros(rows + 2, dtype=torch.long)
         new[slots] = tokens[torch.arange(rows), lens + step]
-        found = decoder.step(new, at, cache, int(at.max()) + 1 + step % 2)[slots]
+        cache.write_at(at, int(at.max()) + 1 + step % 2)
+        found = model(new[:, None], at[:, None], cache)[slots, 0]
         expected = full[torch.arange(rows), lens + step]
         assert torch.allclose(found, expected, rtol=0, atol=1e-12)
-        assert torch.allclose(decoder.logits(found), expected @ model.head[:90].T, rtol=0, atol=1e-11)
+        assert torch.allclose(model.logits(found), expected @ model.head[:90].T, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_refreshed_weights_are_a_new_decoders_at_the_old_addresses(tied):
+def test_a_refreshed_copy_is_the_model_at_the_old_addresses(tied):
     model = live(Qwen3Config(**{**CONFIG.to_dict(), "tie_word_embeddings": tied}), seed=0)
-    decoder = Decoder(model, torch.float64)
-    before = [w.data_ptr() for group in decoder.weights for w in group.values()]
+    sampler = copy.deepcopy(model).double().requires_grad_(False)
+    before = [p.data_ptr() for p in sampler.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     (model(torch.arange(12).view(2, 6)) @ model.head.T).square().sum().backward()
     optimizer.step()
-    decoder.refresh(model)
-    assert [w.data_ptr() for group in decoder.weights for w in group.values()] == before
+    sampler.refresh(model)
+    assert [p.data_ptr() for p in sampler.parameters()] == before
     tokens = torch.randint(0, 40, (3, 9))
-    assert torch.equal(decoder(tokens), Decoder(model, torch.float64)(tokens))
-    assert torch.allclose(decoder(tokens), model.double()(tokens), atol=1e-12)
+    assert torch.equal(sampler(tokens), model.double()(tokens))
 
 
-def test_packed_matrices_give_the_same_tokens():
-    """oneDNN's layout, which only large float32 matrices get, against the plain product."""
-    config = Qwen3Config(**{**CONFIG.to_dict(), "hidden_size": 256, "intermediate_size": 1024, "vocab_size": 1200})
-    packed, plain = (Decoder(live(config, seed=0)) for _ in range(2))
-    for group in plain.weights:
-        for name in [n for n in group if n.endswith("_packed")]:
-            del group[name]
-    on_x86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
-    assert any(n.endswith("_packed") for group in packed.weights for n in group) == on_x86
-    rollouts = [generate(d, ragged_prompts(6), 20, ()) for d in (packed, plain)]
-    assert torch.equal(rollouts[0].tokens, rollouts[1].tokens)
-
-
-def test_one_cache_serves_the_run(decoder):
-    generate(decoder, ragged_prompts(6), 40, (), slots=4)
-    kv = decoder.cache.kv
-    assert kv.shape[1] >= 4 and kv.shape[3] % 64 == 0
-    generate(decoder, ragged_prompts(4), 30, ())
-    assert decoder.cache.kv is kv
-    generate(decoder, ragged_prompts(9), 30, (), slots=9)
-    assert decoder.cache.kv.shape[1] == 9 and decoder.cache.kv.shape[3] == kv.shape[3]
+def test_one_cache_serves_the_run(model):
+    generate(model, ragged_prompts(6), 40, (), slots=4)
+    k = model.cache.k
+    assert k.shape[1] >= 4 and k.shape[3] % 64 == 0
+    generate(model, ragged_prompts(4), 30, ())
+    assert model.cache.k is k
+    generate(model, ragged_prompts(9), 30, (), slots=9)
+    assert model.cache.k.shape[1] == 9 and model.cache.k.shape[3] == k.shape[3]
 
 
 # --- sampling
@@ -131,46 +114,46 @@ def test_one_cache_serves_the_run(decoder):
 
 @pytest.mark.parametrize("cap", [1, 12, 60])  # with the prompts, 60 goes beyond a LENGTH_STEP
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.6])
-def test_equals_the_full_recompute_sampler_under_the_same_noise(model, decoder, cap, temperature):
+def test_equals_the_full_recompute_sampler_under_the_same_noise(model, cap, temperature):
     """Random numbers of rows, slots and stop tokens, so that rows end, enter and move in random order. What a row
     samples is a function of all its tokens, so one wrong key in the cache would show."""
     g = torch.Generator().manual_seed(cap)
     for trial in range(6):
         n, slots, stops = (int(torch.randint(least, 15, (), generator=g)) for least in (1, 1, 0))
         prompts, stop_ids = ragged_prompts(n, seed=100 + trial), tuple(range(stops))
-        rollout = generate(decoder, prompts, cap, stop_ids, temperature, slots=slots)
+        rollout = generate(model, prompts, cap, stop_ids, temperature, slots=slots)
         check(rollout, prompts, stop_ids, naive(model, prompts, cap, stop_ids, temperature))
 
 
-def test_no_token_beyond_the_cap_is_computed(decoder, monkeypatch):
+def test_no_token_beyond_the_cap_is_computed(model, monkeypatch):
     """Every decode step writes at a position below prompt + cap - 1: the last token is never fed back."""
-    seen, step = [], Decoder.step
-    monkeypatch.setattr(Decoder, "step", lambda self, tokens, positions, *rest: seen.append(positions.clone())
-                        or step(self, tokens, positions, *rest))
+    seen, step = [], sample.next_tokens
+    monkeypatch.setattr(sample, "next_tokens", lambda model, tokens, positions, *rest: seen.append(positions.clone())
+                        or step(model, tokens, positions, *rest))
     prompts = [[1, 2, 3]] * 5
-    rollout = generate(decoder, prompts, 7, (), slots=2)
+    rollout = generate(model, prompts, 7, (), slots=2)
     assert torch.cat(seen).max() == 3 + 7 - 2 and rollout.lens.tolist() == [7] * 5
-    assert rollout.flop == count_flops(decoder.config, 5 * (3 + 6), 5 * sum(range(1, 3 + 7)), 5 * 7)
+    assert rollout.flop == count_flops(model.config, torch.full((5,), 3 + 6), 5 * 7)
     seen.clear()
-    generate(decoder, prompts, 1, ())
+    generate(model, prompts, 1, ())
     assert not seen
 
 
-def test_a_rows_noise_is_its_own(decoder):
+def test_a_rows_noise_is_its_own(model):
     """It depends on no other row, nor on the slots or the cap; and a row can be sampled again alone."""
     prompts, seeds = ragged_prompts(6, seed=2), [11, 22, 33, 44, 55, 66]
-    together = generate(decoder, prompts, 30, (5, 6), seeds=seeds)
+    together = generate(model, prompts, 30, (5, 6), seeds=seeds)
     for i in (0, 3, 5):
-        assert generate(decoder, [prompts[i]], 30, (5, 6), seeds=[seeds[i]]).response(0) == together.response(i)
-    shorter = generate(decoder, prompts, 7, (5, 6), seeds=seeds, slots=2)
+        assert generate(model, [prompts[i]], 30, (5, 6), seeds=[seeds[i]]).response(0) == together.response(i)
+    shorter = generate(model, prompts, 7, (5, 6), seeds=seeds, slots=2)
     assert all(shorter.response(i) == together.response(i)[:7] for i in range(6))
-    assert not torch.equal(generate(decoder, prompts, 30, (5, 6)).tokens, together.tokens)  # other seeds
+    assert not torch.equal(generate(model, prompts, 30, (5, 6)).tokens, together.tokens)  # other seeds
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
 def test_greedy_equals_transformers_generate(family, tmp_path):
     live(FAMILIES[family], seed=2).save_pretrained(tmp_path)
-    reference, ours = AutoModelForCausalLM.from_pretrained(tmp_path), Decoder(Transformer.from_pretrained(tmp_path))
+    reference, ours = AutoModelForCausalLM.from_pretrained(tmp_path), Transformer.from_pretrained(tmp_path)
     for prompt in ragged_prompts(4, seed=9):
         theirs = reference.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=25,
@@ -227,12 +210,16 @@ def test_micro_batches_hold_every_supervised_token_once_within_their_size():
     rollout = Rollout.of(prompts, responses, (3,))
     for micro_tokens in (1, 100, 10_000):
         seen, lengths = 0, []
-        for tokens, mask, position in rollout.micro_batches(micro_tokens):
-            assert tokens.numel() <= max(micro_tokens, tokens.shape[1])
-            assert mask.shape == (len(tokens), tokens.shape[1] - 1)
-            assert int(mask.sum()) == len(position)
+        for rows in rollout.micro_batches(micro_tokens):
+            tokens, at, targets, position = rollout.part(rows, "cpu")
+            b, T = tokens.shape
+            assert b == len(rows) and b * (T + 1) <= max(micro_tokens, T + 1)
+            assert len(at) == len(targets) == len(position)
+            for i, y, p in zip(at.tolist(), targets.tolist(), position.tolist()):
+                row = int(rows[i // T])
+                assert i % T == len(prompts[row]) - 1 + p and y == responses[row][p]
             seen += len(position)
-            lengths.append(tokens.shape[1])
+            lengths.append(T)
         assert seen == rollout.num_supervised() == sum(map(len, responses))
         assert lengths == sorted(lengths, reverse=True)
 
@@ -243,12 +230,12 @@ def test_long_responses_are_shortened_in_the_middle():
     assert shorten(text, 0) == text and shorten(text, 99) == text
 
 
-def test_unusable_arguments_are_named(decoder):
+def test_unusable_arguments_are_named(model):
     with pytest.raises(ValueError, match="at least one token"):
-        generate(decoder, [[1], []], 5, ())
+        generate(model, [[1], []], 5, ())
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
-        generate(decoder, [[1]], 0, ())
+        generate(model, [[1]], 0, ())
     with pytest.raises(ValueError, match="seeds has 1 entries for 2 rows"):
-        generate(decoder, [[1], [1]], 5, (), seeds=[1])
+        generate(model, [[1], [1]], 5, (), seeds=[1])
     with pytest.raises(InputError, match="exceed the 256 positions of the model"):
-        generate(decoder, [[1] * 200], 100, ())
+        generate(model, [[1] * 200], 100, ())

@@ -36,7 +36,7 @@ def read(folder: str, rollout: Rollout, vocab: int = 644) -> list[torch.Tensor]:
 
 
 def sample(c, who: int) -> Rollout:
-    students, teacher, _, stop_ids, rows = evaluation.load_models(c)
+    students, teacher, _, stop_ids, rows = evaluation.load_students(c)
     writer = (*students.values(), teacher)[who]
     return evaluation.sample_responses(writer, [row["prompt_ids"] for row in rows[: c.num_problems]], c, stop_ids)
 
@@ -139,9 +139,9 @@ def fake_run(folder: Path, prefix_len: int, seed: int, accuracies: list[float]) 
     lines = []
     for step, a in enumerate(accuracies):
         if step:
-            lines.append({"step": step, "loss": 1.0, "total_flop": step * prefix_len * 1e9, "total_seconds": step * 1.0,
-                          "total_tokens_trained": step * prefix_len})
-        lines.append({"step": step, "eval": "student", "kind": "sampled", "accuracy": a, "finish": 1.0, "mean_len": 9})
+            lines.append({"step": step, "loss": 1.0, "flop_sample": prefix_len * 1e9, "flop_teacher": 0.0,
+                          "flop_student": 0.0, "seconds_sample": 0.5, "seconds_learn": 0.5, "tokens": prefix_len})
+        lines.append({"step": step, "eval": "sampled", "accuracy": a, "finish": 1.0, "mean_len": 9})
     (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines) + '{"torn')
     return str(folder)
 
@@ -152,7 +152,7 @@ def test_runs_are_grouped_by_what_differs(tmp_path, capsys):
     plots.draw_runs(folders, str(tmp_path / "runs.png"), goals=(0.7, 1.1))
     found, said = json.loads((tmp_path / "runs.json").read_text()), capsys.readouterr().out
     assert list(found) == ["prefix_len 10", "prefix_len 100"] and found["prefix_len 10"]["seeds"] == [1, 2]
-    needed = [found[f"prefix_len {n}"]["flop_to_reach_sampled_accuracy"] for n in (10, 100)]
+    needed = [found[f"prefix_len {n}"]["flop_to_reach_accuracy"] for n in (10, 100)]
     assert needed == [{"0.7": [2e10, 1e10], "1.1": []}, {"0.7": [1e11], "1.1": []}]
     assert "prefix_len 10   step 2, FLOP 2e+10 (2e+10 to 2e+10); s 2 (2 to 2); " in said
     assert "accuracy, sampled 0.85 (0.8 to 0.9)" in said

@@ -12,14 +12,12 @@ from data import HERE
 from data.tokenizer import Tokenizer
 from eval import Pair, preflight
 from model import Transformer
-from sample import Decoder
-from train import Config
 
 PROMPT, VOCAB = "Dan=5\nDan?\n", 645
 THINK, PAD, START, END = 644, 0, 1, 2
 
 
-def markov(next_token: dict[int, int]) -> Decoder:
+def markov(next_token: dict[int, int]) -> Transformer:
     """next_token[i] is what follows token i with a logit of 25 over the others: a fresh model's blocks add nothing, the
     embedding is the identity, and the head is the table."""
     model = Transformer(Qwen3Config(
@@ -29,7 +27,7 @@ def markov(next_token: dict[int, int]) -> Decoder:
         model.model.embed_tokens.weight.copy_(torch.eye(VOCAB))
         model.model.norm.weight.fill_(25 / VOCAB**0.5)
         model.head.zero_()[[next_token.get(i, 300) for i in range(VOCAB)], range(VOCAB)] = 1.0
-    return Decoder(model)
+    return model.requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +52,12 @@ def check(tokenizer):
     """check(what the student answers, what the teacher would) -> (lines, warnings)"""
     end_of_prompt = tokenizer.encode_prompt(PROMPT)[-1]
 
-    def check(student, teacher, teacher_tokenizer=tokenizer, stop_ids=(END,), tokenizer=tokenizer, **flags):
+    def check(student, teacher, teacher_tokenizer=tokenizer, stop_ids=(END,), tokenizer=tokenizer, stop_class=True):
         models = [markov(dict(zip((end_of_prompt, *tokens), tokens))) for tokens in (student, teacher)]
-        pair = Pair(None, *models, tokenizer, teacher_tokenizer, VOCAB, stop_ids, torch.device("cpu"), torch.float32)
-        lines = preflight(pair, [PROMPT] * 3, Config(prefix_len=20, seed=0, **flags))
+        pair = Pair(None, *models, tokenizer, teacher_tokenizer, VOCAB, stop_ids, stop_ids if stop_class else (),
+                    torch.float32)
+        row = {"prompt": PROMPT, "prompt_ids": tokenizer.encode_prompt(PROMPT)}
+        lines = preflight(pair, [row] * 3, prefix_len=20, temperature=1.0, seed=0)
         warnings = [line.removeprefix("WARNING: ") for line in lines if line.startswith("WARNING: ")]
         return lines[: len(lines) - len(warnings)], warnings
 
@@ -67,8 +67,6 @@ def check(tokenizer):
 def test_a_sound_pair_gives_no_warning(check):
     lines, warnings = check((300, 301, END), (300, 301, END))
     assert not warnings and "KL 0.00 nats" in lines[1] and "3 of 3 responses ended" in lines[2]
-    assert "all of them end before it, so this is plain on-policy distillation" in lines[3]
-    assert "cuts 3 of these 3 responses" in check((300, 301), (300, 301, END))[0][3]
 
 
 def test_models_that_merely_differ_give_no_warning(check):

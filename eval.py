@@ -206,7 +206,7 @@ def score(
         hidden_s, hidden_t = student(tokens).flatten(0, 1)[at], teacher(tokens_t).flatten(0, 1)[at_t]
         _, found = distill_loss(
             hidden_s, student.head, hidden_t.to(student.device), teacher.head.to(student.device),
-            temperature=temperature, targets=targets, stop_ids=stop_ids,
+            temperature=temperature, targets=targets, vocab=student.vocab, stop_ids=stop_ids,
         )
         for name, x in {**found, "position": position}.items():
             stats.setdefault(name, []).append(x.double().cpu())
@@ -290,6 +290,8 @@ def preflight(pair: Pair, rows: list[dict], prefix_len: int, temperature: float,
 
 @dataclass
 class Config:
+    typed = ()  # names of the flags that were typed; parse_flags sets it
+
     model: str = flag("", "checkpoint folder or hub name, with commas between several for a diagnostic; empty takes "
                       "the student of --data")
     teacher: str = flag("", "diagnostics: checkpoint folder or hub name; empty takes the teacher of --data")

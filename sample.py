@@ -311,6 +311,8 @@ def check_arguments(model: Transformer, prompts: list[list[int]], cap: int, seed
 
 @dataclass
 class Config:
+    typed = ()  # names of the flags that were typed; parse_flags sets it
+
     model: str = flag("", "checkpoint folder or hub name; empty shows the teacher and the student of --data")
     prompt: str = flag("", "your own prompt, or - to read it from standard input; empty takes a problem of --data")
     data: str = flag("search", "data set the problem comes from: a name or a .jsonl file; by default a "

@@ -20,7 +20,6 @@ what a step costs, and --plan.
 
 import copy
 import math
-import re
 import signal
 import time
 import zlib
@@ -45,6 +44,8 @@ from sample import MAX_SLOTS, Rollout, fit_cap, generate, shorten
 
 @dataclass
 class Config:
+    typed = ()  # names of the flags that were typed; parse_flags sets it
+
     student: str = flag("", "checkpoint folder or hub name of the model that learns; empty takes --data's own",
                         group="the pair and the data")
     teacher: str = flag("", "checkpoint folder or hub name of the frozen model that scores; empty takes --data's own")
@@ -515,13 +516,12 @@ def examine(pair: Pair, test: list[dict], config: Config, run: Run) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the device on CUDA, since the last call; on Linux of the whole process; else 0."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return peak
-    status = Path("/proc/self/status")
-    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 if status.exists() else 0
+    """Bytes of the device since the last call; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
 
 def now(device: torch.device) -> float:

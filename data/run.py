@@ -35,34 +35,29 @@ MAY_CHANGE = {"steps", "eval_every", "save_every", "resume", "overwrite", "out_d
 
 
 def restore_flags(config) -> Path:
-    """The checkpoint to resume from. `config` gets the run's own settings for all flags that were not given on the
-    command line; those that were given must not change what the run is."""
-    out = Path(config.out_dir)
+    """The checkpoint to resume from. `config` gets the run's own settings for all flags that were not typed; those that
+    were must not change what the run is."""
+    out, found = Path(config.out_dir), checkpoints(Path(config.out_dir))
     if config.overwrite:
         raise InputError("--resume and --overwrite contradict each other")
-    found = checkpoints(out)
     if not found:
         raise InputError(f"--resume: no complete checkpoint in --out_dir {out}")
-    before = read_state(found[-1])["config"]
-    given = getattr(config, "typed", set(before))  # a config made in code means all it says
-    now, own = asdict(config), ("resume", "overwrite", "out_dir", "plan", "world")
-    for name in now.keys() & before.keys() - {*own}:
-        empty = name in ("student", "teacher", "prefix_start", "dtype") and not now[name]  # filled in later
-        if name not in given or empty:
-            setattr(config, name, before[name])
-    now = asdict(config)
-    was = {name: before.get(name, now[name]) for name in now if name not in own}
-    differ = {name: f"--{name} is {now[name]!r} and was {w!r}" for name, w in was.items() if w != now[name]}
-    barred = [line for name, line in differ.items() if name not in MAY_CHANGE]
+    before, barred = read_state(found[-1])["config"], []
+    for name in asdict(config).keys() & before.keys() - {"resume", "overwrite", "out_dir", "plan", "world"}:
+        was, now = before[name], getattr(config, name)
+        if name not in config.typed:
+            setattr(config, name, was)
+        elif now != was and name in MAY_CHANGE:
+            print(f"resuming: --{name} is {now!r} and was {was!r}")
+        elif now != was:
+            barred.append(f"--{name} is {now!r} and was {was!r}")
     if barred:
-        raise InputError(f"--resume of {out}: " + "; ".join(barred) + ". Only these may change: "
-                         + ", ".join(f"--{name}" for name in now if name in MAY_CHANGE))
-    for line in differ.values():
-        print(f"resuming: {line}")
-    for name, paces in (("schedule", ("linear", "staircase")), ("lr_schedule", ("cosine",))):
-        if "steps" in differ and getattr(config, name) in paces:
-            raise InputError(f"--resume: --steps cannot change: --steps {was['steps']} set the pace of "
-                             f"--{name} {getattr(config, name)}")
+        raise InputError(f"--resume of {out}: {'; '.join(barred)}. Only these may change: "
+                         + ", ".join(f"--{name}" for name in asdict(config) if name in MAY_CHANGE))
+    for name, paced in (("schedule", ("linear",)), ("lr_schedule", ("cosine",))):
+        if config.steps != before["steps"] and getattr(config, name) in paced:
+            raise InputError(f"--resume: --steps cannot change: --steps {before['steps']} set the pace of --{name} "
+                             f"{getattr(config, name)}")
     return found[-1]
 
 
@@ -80,9 +75,9 @@ def damaged(file: Path):
     """One line that names a file of a run, whatever turns out to be wrong with it."""
     try:
         yield
-    except (InputError, OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: damaged, or not written by a run ({error}). If it is a checkpoint's, delete its "
-                         "folder to resume from the one before it") from None
+                         "folder to resume from the one before") from None
 
 
 @contextmanager

@@ -88,13 +88,6 @@ def test_two_runs_in_one_folder(tmp_path):
     assert len(saved) == 1 and int(saved[0].name[5:]) == log[-1]["step"] < 300
 
 
-def test_a_reader_that_goes_away_does_not_end_training(tmp_path):
-    with subprocess.Popen([sys.executable, "train.py", *TINY, *BLIND, "--out_dir", tmp_path], cwd=ROOT,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        process.stdout.close()
-    assert process.returncode == 0 and checkpoints(tmp_path)[0].name == "step_000003"
-
-
 def test_other_data_or_another_teacher_is_no_resumption(tmp_path):
     rows = write(tmp_path / "rows.jsonl", (HERE / "chains/train.jsonl").read_text())
     teacher = tmp_path / "teacher"
@@ -143,17 +136,6 @@ def test_the_log_is_json_to_any_parser(tmp_path):
 def test_a_state_that_is_none_is_told(tmp_path, text):
     write(tmp_path / "step_000003/state.json", text)
     with pytest.raises(InputError, match="state.json"):
-        run("--resume", "--out_dir", tmp_path)
-
-
-@pytest.mark.parametrize("change", [{"lr": "x"}, {"lr": None}, {"batch_size": 0}, {"loss": "evil"}, {"seed": 1.5}])
-def test_settings_of_another_kind_are_told(tmp_path, change):
-    run(*TINY, *BLIND, "--out_dir", tmp_path)
-    file = tmp_path / "step_000003/state.json"
-    state = json.loads(file.read_text())
-    state["config"] |= change
-    file.write_text(json.dumps(state))
-    with pytest.raises(InputError, match=next(iter(change))):
         run("--resume", "--out_dir", tmp_path)
 
 

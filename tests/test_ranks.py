@@ -98,7 +98,9 @@ def learn(out: Path, flags: dict, silent: int | None = None) -> None:
         m.setattr(train, "load_pair", random_pair)
         m.setattr(train, "preflight", lambda *_: [])
         m.setattr(train, "respond", some_silent)
-        train.train(Config(**STEP | flags, out_dir=str(out)))
+        config = Config(**STEP | flags, out_dir=str(out))
+        config.typed = set(flags)
+        train.train(config)
 
 
 def counts(out: Path) -> list[dict]:

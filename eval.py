@@ -19,6 +19,7 @@ Read from here down: a pair of models; accuracy; KL; the check before a run; the
 import itertools
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -75,12 +76,25 @@ def load_tokenizers(
     return ours, teachers, vocab, tuple(sorted(i for i in stop_ids if i < vocab))
 
 
-def encode_prompts(rows: list[dict], tokenizer: Tokenizer, where: str) -> None:
-    """Add `prompt_ids` to rows. where: the flag that names them, for messages."""
+def encode_prompts(rows: list[dict], tokenizer: Tokenizer, where: str, template: str = "",
+                   teacher_tokenizer: Tokenizer | None = None) -> None:
+    """Add `prompt_ids` to rows, and `teacher_ids`, what a teacher reads before the response: the same ids, or a
+    template whose {fields} are the row's, rendered by the teacher's own tokenizer. where: the flag that names the rows.
+    """
+    fields = re.findall(r"\{(\w+)\}", template)
+    if template and not fields:
+        raise InputError(f"--teacher_prompt {template!r}: expected the name of a row's field in it, such as {{prompt}}")
     for number, row in enumerate(rows, start=1):
-        row["prompt_ids"] = tokenizer.encode_prompt(row["prompt"])
+        row["prompt_ids"] = row["teacher_ids"] = tokenizer.encode_prompt(row["prompt"])
         if not row["prompt_ids"]:
             raise InputError(f"{where}, row {number}: its prompt is empty, and this tokenizer puts nothing before it")
+        for field in fields:
+            if not isinstance(row.get(field), str):
+                raise InputError(f"--teacher_prompt: row {number} of {where} has no text {field!r}, only "
+                                 + ", ".join(name for name in row if isinstance(row[name], str)))
+        if template:
+            text = re.sub(r"\{(\w+)\}", lambda found, row=row: row[found[1]], template)
+            row["teacher_ids"] = teacher_tokenizer.encode_prompt(text)
 
 
 # --- accuracy
@@ -150,7 +164,7 @@ def evaluate(
             new.append({
                 "problem": i, "sample": k, "prompt": rows[i]["prompt"], "answer": answer, "response": text,
                 "ids": rollout.response(n), "extracted": extract_answer(text),
-                "correct": answer is not None and is_correct(text, answer),
+                "correct": isinstance(answer, str) and is_correct(text, answer),
                 "finished": bool(rollout.finished[n]), "tokens": int(rollout.lens[n]),
             })
         mine += new
@@ -194,15 +208,15 @@ def by_position(values: Tensor, position: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def score(
-    rollout: Rollout, student: Transformer, teacher: Transformer, *, seen: Rollout | None = None,
-    stop_ids: tuple[int, ...] = (), temperature: float = 1.0, micro_tokens: int = 8192,
+    rollout: Rollout, student: Transformer, teacher: Transformer, *, stop_ids: tuple[int, ...] = (),
+    temperature: float = 1.0, micro_tokens: int = 8192,
 ) -> dict[str, Tensor]:
     """Per supervised token, in the order of micro_batches: its position, and the statistics of distill_loss; float64.
-    seen: the same responses as the teacher reads them, behind its own prompts."""
+    """
     stats: dict[str, list] = {}
     for rows in rollout.micro_batches(micro_tokens):
         tokens, at, targets, position = rollout.part(rows, student.device)
-        tokens_t, at_t, _, _ = (seen or rollout).part(rows, teacher.device)
+        tokens_t, at_t, _, _ = (rollout.seen or rollout).part(rows, teacher.device)
         hidden_s, hidden_t = student(tokens).flatten(0, 1)[at], teacher(tokens_t).flatten(0, 1)[at_t]
         _, found = distill_loss(
             hidden_s, student.head, hidden_t.to(student.device), teacher.head.to(student.device),
@@ -230,9 +244,13 @@ def preflight(pair: Pair, rows: list[dict], prefix_len: int, temperature: float,
         return f"{i} {tokenizer.decode([i])!r}"
 
     prompts = [row["prompt_ids"] for row in rows]
-    lines.append(f"prompt as both models see it: {tokenizer.decode(prompts[0])!r}")
+    own_prompt = rows[0]["teacher_ids"] != prompts[0]  # as --teacher_prompt asked
+    lines.append(f"prompt as {'the student sees' if own_prompt else 'both models see'} it: "
+                 f"{tokenizer.decode(prompts[0])!r}")
     rendered = teacher_tokenizer.encode_prompt(rows[0]["prompt"])
-    if rendered != prompts[0]:
+    if own_prompt:
+        lines.append(f"prompt as the teacher sees it: {teacher_tokenizer.decode(rows[0]['teacher_ids'])!r}")
+    elif rendered != prompts[0]:
         warnings.append(
             "template mismatch: the teacher's own chat template would render this prompt as "
             f"{teacher_tokenizer.decode(rendered)!r}. A teacher scores badly what it was not trained to read; "
@@ -242,9 +260,11 @@ def preflight(pair: Pair, rows: list[dict], prefix_len: int, temperature: float,
     rollout = generate(pair.sampler, prompts, cap, pair.stop_ids, temperature,
                        seeds=[seed + i for i in range(len(prompts))])
     first, last, ended = [], [], []  # (2, vocab) log-probabilities of student and teacher at a response's two ends
-    for i, prompt in enumerate(prompts):
-        row = torch.tensor([prompt + rollout.response(i)[:-1]])
-        hidden = [model(row.to(model.device))[0, [len(prompt) - 1, -1]] for model in models]  # (2 places, H)
+    for i, row in enumerate(rows):
+        hidden = []  # (2 places, H) of each model
+        for model, prompt in zip(models, (row["prompt_ids"], row["teacher_ids"])):
+            ids = torch.tensor([prompt + rollout.response(i)[:-1]], device=model.device)
+            hidden.append(model(ids)[0, [len(prompt) - 1, -1]])
         log_p = torch.stack([(h @ model.head[: pair.vocab].T).float().log_softmax(-1).cpu()
                              for h, model in zip(hidden, models)])  # (2 models, 2 places, vocab)
         first.append(log_p[:, 0])
@@ -295,6 +315,8 @@ class Config:
     model: str = flag("", "checkpoint folder or hub name, with commas between several for a diagnostic; empty takes "
                       "the student of --data")
     teacher: str = flag("", "diagnostics: checkpoint folder or hub name; empty takes the teacher of --data")
+    teacher_prompt: str = flag("", "diagnostics: what the teacher reads before a response, with {fields} of the row; "
+                               "by default as in a checkpoint's training")
     data: str = flag("search", "data set: a name (its test split) or a .jsonl file; by default a checkpoint's own")
     num_problems: int = flag(0, "use the first this many problems; 0 takes all, or 200 for a diagnostic", least=0)
     num_samples: int = flag(1, "accuracy: responses per problem, of which it is the mean (avg@k)", least=1)
@@ -328,14 +350,15 @@ def load_models(config: Config, teacher: str = "", need: tuple[str, ...] = ("pro
     as_trained(config, folders[-1])
     rows = load_jsonl(resolve(config.data, "test"), need)
     for folder in reversed(folders):  # each must agree with the teacher on every id
-        tokenizer, _, vocab, stop_ids = load_tokenizers(
+        tokenizer, teachers, vocab, stop_ids = load_tokenizers(
             folder, teacher, chat=config.chat, system=config.system, thinking=config.thinking,
             stop_tokens=config.stop_tokens)
-    encode_prompts(rows, tokenizer, f"--data {config.data}")
+    encode_prompts(rows, tokenizer, "--data", config.teacher_prompt if teacher else "", teachers)
     models = {path: Transformer.for_reading(path, device, vocab) for path in paths}
     teacher = Transformer.for_reading(teacher, device, vocab) if teacher else None
     for model in filter(None, (*models.values(), teacher)):
-        fit_cap(config, "max_new_tokens", [row["prompt_ids"] for row in rows], model.config.max_position_embeddings)
+        prompts = [row["teacher_ids" if model is teacher else "prompt_ids"] for row in rows]
+        fit_cap(config, "max_new_tokens", prompts, model.config.max_position_embeddings)
     return models, teacher, tokenizer, stop_ids, rows
 
 
@@ -383,8 +406,8 @@ def check_out(out: str, suffix: str) -> None:
 def kept_responses(config: Config, file: Path, folder: Path) -> list[dict]:
     """Responses of an earlier evaluation that was interrupted. The first line of the file says what they depend on, and
     must be the same."""
-    free = ("out", "device", "batch_size", "model", "num_problems", "teacher", "lens", "index", "micro_tokens",
-            "stop_class")  # responses do not depend on these
+    free = ("out", "device", "batch_size", "model", "num_problems", "teacher", "teacher_prompt", "lens", "index",
+            "micro_tokens", "stop_class")  # responses do not depend on these
     made = {k: v for k, v in asdict(config).items() if k not in free}
     made |= {"on cuda": choose_device(config.device).type == "cuda", "weights": fingerprint(folder)}
     records = read_log(file) if file.is_file() else [made]
@@ -413,14 +436,21 @@ def sample_responses(model: Transformer, prompts: list[list[int]], config: Confi
                     seeds=[config.seed + i for i in range(len(prompts))], slots=config.batch_size)
 
 
+def respond(model: Transformer, rows: list[dict], config: Config, stop_ids) -> Rollout:
+    """Responses of a student, as it and the teacher read them."""
+    rollout = sample_responses(model, [row["prompt_ids"] for row in rows], config, stop_ids)
+    rollout.seen = rollout.behind([row["teacher_ids"] for row in rows])
+    return rollout
+
+
 def positions(config: Config) -> dict:
     """KL, both entropies and top-1 agreement by response position, with 95% bands of the mean (tokens taken as
     independent), by thirds of an octave; thirds with fewer than 10 tokens are omitted."""
     students, teacher, _, stop_ids, rows = load_students(config)
-    prompts, curves = [row["prompt_ids"] for row in rows[: config.num_problems or 200]], {}
+    rows, curves = rows[: config.num_problems or 200], {}
     edges = torch.tensor(sorted({round(2 ** (i / 3)) for i in range(3 * 20)}))
     for name, student in students.items():
-        rollout = sample_responses(student, prompts, config, stop_ids)
+        rollout = respond(student, rows, config, stop_ids)
         stats = score(rollout, student, teacher, stop_ids=stop_ids if config.stop_class else (),
                       temperature=config.temperature or 1.0, micro_tokens=config.micro_tokens)
         at = stats["position"].long()
@@ -429,7 +459,7 @@ def positions(config: Config) -> dict:
               "first " + ", ".join(f"{n}: {stats['kl'][at < n].sum() / total:.0%}" for n in (1, 4, 16, 64, 256, 1024))
               + f" tokens; the student's perplexity {stats['student_logprob'].mean().neg().exp():.3f}")
         bins = torch.bucketize(at + 1, edges, right=True) - 1
-        shown = [b for b in bins.unique().tolist() if (bins == b).sum() >= min(10, len(prompts))]
+        shown = [b for b in bins.unique().tolist() if (bins == b).sum() >= min(10, len(rows))]
         curves[name] = {"position": [(at[bins == b] + 1).double().mean().item() for b in shown],
                         "tokens": [int((bins == b).sum()) for b in shown]}
         for key in ("kl", "student_entropy", "teacher_entropy", "agree"):
@@ -448,7 +478,7 @@ def teacher_prefix(config: Config) -> dict:
     students, teacher, tokenizer, stop_ids, rows = load_students(config, ("prompt", "answer"))
     rows, curves = rows[: config.num_problems or 200], {}
     prompts = [row["prompt_ids"] for row in rows]
-    given = sample_responses(teacher, prompts, config, stop_ids)
+    given = sample_responses(teacher, [row["teacher_ids"] for row in rows], config, stop_ids)
     for (name, student), k in itertools.product(students.items(), lens):
         texts = [given.text_ids(i) for i in range(len(rows))]
         open_rows = [i for i in range(len(rows)) if given.lens[i] > k]  # the others were given whole
@@ -484,10 +514,10 @@ def tokens(config: Config) -> dict:
         return found
 
     for name, student in students.items():
-        rollout = sample_responses(student, [row["prompt_ids"]], config, stop_ids)
+        rollout = respond(student, [row], config, stop_ids)
         stats = score(rollout, student, teacher, stop_ids=merged)
         numbers = zip(rollout.response(0), *(stats[k].tolist() for k in ("kl", "student_logprob", "teacher_logprob")),
-                      preferred(student, rollout), preferred(teacher, rollout))
+                      preferred(student, rollout), preferred(teacher, rollout.seen))
         pages[name] = [
             {"text": tokenizer.decode([i]), "kl": kl, "student": math.exp(log_p), "teacher": math.exp(log_q),
              "student_top": student_top, "teacher_top": teacher_top}

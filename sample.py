@@ -21,7 +21,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,7 @@ class Rollout:
     finished: Tensor  # (B,) bool: ended with a stop token of its own accord; else it was cut at the cap
     supervised: Tensor  # (B, 2) int64, first and last + 1 of the response positions to learn from
     flop: float = 0.0  # matmul FLOP of sampling them, of the tokens really processed
+    seen: "Rollout | None" = None  # the same responses as the teacher reads them, where its prompts are others
 
     @classmethod
     def of(cls, prompts: list[list[int]], responses: list[list[int]], stop_ids: tuple[int, ...]) -> "Rollout":
@@ -63,6 +64,11 @@ class Rollout:
         tokens = pad([prompt + response for prompt, response in zip(prompts, responses)])
         finished = torch.tensor([bool(r) and r[-1] in stop_ids for r in responses])
         return cls(tokens, prompt_lens, lens, finished, torch.stack((lens * 0, lens), dim=1))
+
+    def behind(self, prompts: list[list[int]]) -> "Rollout":
+        """The same responses behind other prompts."""
+        tokens = pad([prompt + self.response(i) for i, prompt in enumerate(prompts)])
+        return replace(self, tokens=tokens, prompt_lens=torch.tensor([*map(len, prompts)]))
 
     def num_supervised(self) -> int:
         return int((self.supervised[:, 1] - self.supervised[:, 0]).sum())

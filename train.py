@@ -49,6 +49,8 @@ class Config:
     student: str = flag("", "checkpoint folder or hub name of the model that learns; empty takes --data's own",
                         group="the pair and the data")
     teacher: str = flag("", "checkpoint folder or hub name of the frozen model that scores; empty takes --data's own")
+    teacher_prompt: str = flag("", "what the teacher reads before a response, with {fields} of the row, such as "
+                               "'{prompt}\\n\\nA solution:\\n{solution}'; empty: what the student reads")
     init: str = flag("pretrained", "pretrained, or random: --student's configuration with fresh weights from --seed",
                      choices=("pretrained", "random"))
     data: str = flag("search", "training prompts: a name (data/NAME/train.jsonl) or a .jsonl file")
@@ -131,6 +133,7 @@ def fill_in(c: Config) -> None:
          "--schedule adaptive follows the KL to the teacher, which is not available with --loss cross_entropy"),
         (c.schedule == "adaptive" and c.window not in ("prefix", "first"),
          f"--schedule adaptive follows the end of the prefix: it needs --window prefix or first, found {c.window}"),
+        (c.teacher_prompt and not c.teacher, "--teacher_prompt is for a run with a teacher"),
         (c.mix > 0 and c.rollout != "student", f"--mix is for --rollout student, found --rollout {c.rollout}"),
         (c.mix > 0 and c.window != "prefix", "--mix and --window exclude each other"),
         (0 < c.mix and round(c.mix * c.batch_size) == 0,
@@ -168,7 +171,7 @@ def read_prompts(config: Config) -> tuple[list[dict], list[dict]]:
     except InputError as error:
         mend = "; --eval_problems 0 measures only the KL, which needs none" if '"answer"' in str(error) else ""
         raise InputError(f"{error}{mend}") from None
-    return rows, test if config.eval_problems else [{"prompt": row["prompt"]} for row in test]
+    return rows, test
 
 
 def load_pair(config: Config, resume_from: Path | None) -> Pair:
@@ -208,9 +211,9 @@ def load_pair(config: Config, resume_from: Path | None) -> Pair:
 
 
 def prepare_prompts(config: Config, rows: list[dict], test: list[dict], pair: Pair) -> None:
-    """Add `prompt_ids` (and `solution_ids`) to the rows; both models must have room for what will be written."""
-    encode_prompts(rows, pair.tokenizer, "--data")
-    encode_prompts(test, pair.tokenizer, "--eval_data" if config.eval_data else "--data")
+    """Add the ids of prompts (and solutions) to the rows; both models must have room for what will be written."""
+    for some, where in ((rows, "--data"), (test, "--eval_data" if config.eval_data else "--data")):
+        encode_prompts(some, pair.tokenizer, where, config.teacher_prompt, pair.teacher_tokenizer)
     for row in rows if config.rollout == "data" else ():
         row["solution_ids"] = pair.tokenizer.encode(row["solution"])
     for model in filter(None, (pair.student, pair.teacher)):
@@ -218,7 +221,8 @@ def prepare_prompts(config: Config, rows: list[dict], test: list[dict], pair: Pa
         caps += [("max_new_tokens", rows)] if config.window != "prefix" or config.mix else []
         caps += [("max_new_tokens", test)] if test else []
         for name, some in caps:
-            fit_cap(config, name, [row["prompt_ids"] for row in some], model.config.max_position_embeddings)
+            prompts = [row["teacher_ids" if model is pair.teacher else "prompt_ids"] for row in some]
+            fit_cap(config, name, prompts, model.config.max_position_embeddings)
 
 
 # --- how long the prefix is
@@ -299,10 +303,12 @@ def respond(batch: list[dict], step: int, prefix_len: int, config: Config, pair:
         responses = [[*batch[i]["solution_ids"], pair.tokenizer.eos_id][:cap] for i in mine]
     else:
         whole = config.max_new_tokens if config.mix else cap
-        for writer, rows, most in ((pair.teacher, [i for i in mine if i < by_teacher], whole),
-                                   (pair.sampler, [i for i in mine if i >= by_teacher], cap)):
+        for writer, key, most, rows in (
+            (pair.teacher, "teacher_ids", whole, [i for i in mine if i < by_teacher]),
+            (pair.sampler, "prompt_ids", cap, [i for i in mine if i >= by_teacher]),
+        ):
             if rows:
-                part = generate(writer, [batch[i]["prompt_ids"] for i in rows], most, pair.stop_ids, config.temperature,
+                part = generate(writer, [batch[i][key] for i in rows], most, pair.stop_ids, config.temperature,
                                 seeds=[seeds[i] for i in rows])
                 responses += [part.response(i) for i in range(len(rows))]
                 flop += part.flop
@@ -312,6 +318,8 @@ def respond(batch: list[dict], step: int, prefix_len: int, config: Config, pair:
         rest = (rollout.lens - prefix_len).clamp(min=0)  # tokens outside the window
         start = {"first": rest * 0, "last": rest, "random": (where * (rest + 1)).long()}[config.window]
         rollout.supervised = torch.stack((start, (start + prefix_len).minimum(rollout.lens)), dim=1)
+    if config.teacher_prompt:
+        rollout.seen = rollout.behind([batch[i]["teacher_ids"] for i in mine])
     return rollout
 
 
@@ -401,10 +409,10 @@ def distill(config: Config, resume_from: Path | None) -> None:
 
             run.stage = "learning"
             for some in micro_batches:
-                # 2. score: the teacher reads the same tokens
+                # 2. score: the teacher reads the same responses
                 hidden_t = head_t = None
                 if scored:
-                    tokens, at, _, _ = rollout.part(some, teacher.device)  # (b, T-1), (n,)
+                    tokens, at, _, _ = (rollout.seen or rollout).part(some, teacher.device)  # (b, T-1), (n,)
                     hidden_t = teacher(tokens).flatten(0, 1)[at].to(device)  # (n, H_t)
                     head_t = teacher.head.to(device)
 
@@ -498,6 +506,7 @@ def examine(pair: Pair, test: list[dict], config: Config, run: Run) -> None:
     if config.eval_kl and pair.teacher is not None:
         prompts, responses = [row["prompt_ids"] for row in test], [answer["ids"] for answer in answers]
         rollout = Rollout.of(prompts[: config.eval_kl], responses[: config.eval_kl], pair.stop_ids)
+        rollout.seen = rollout.behind([row["teacher_ids"] for row in test[: config.eval_kl]])
         stats = score(rollout, pair.sampler, pair.teacher, stop_ids=pair.stop_class, temperature=config.temperature,
                       micro_tokens=config.micro_tokens)
         kl, position, prefix_len = stats["kl"], stats["position"], prefix_len_at(run.step, config, run.adaptive)
@@ -576,10 +585,10 @@ def say_what_to_change(run: Run, config: Config):
 def step_flops(pair: Pair, rollout: Rollout, config: Config) -> dict[str, float]:
     """Matmul FLOP of a step on this rollout, of the tokens really processed, padding not counted. What --recompute
     computes twice is counted once."""
-    read, heads = rollout.prompt_lens + rollout.supervised[:, 1] - 1, rollout.num_supervised()
-    scored = config.loss != "cross_entropy"
+    heads, scored = rollout.num_supervised(), config.loss != "cross_entropy"
+    read, read_t = (r.prompt_lens + r.supervised[:, 1] - 1 for r in (rollout, rollout.seen or rollout))
     return {"flop_sample": rollout.flop,
-            "flop_teacher": count_flops(pair.teacher.config, read, heads) if scored else 0.0,
+            "flop_teacher": count_flops(pair.teacher.config, read_t, heads) if scored else 0.0,
             "flop_student": 3 * count_flops(pair.student.config, read, heads)}
 
 
@@ -587,11 +596,12 @@ def plan(config: Config) -> dict[str, float]:
     """Print parameters, memory by part and FLOP by prefix length, from the two configurations alone. Returns bytes per
     device "while sampling" and "while learning".
 
-    Assumed: prompts of 64 tokens, whole responses of --max_new_tokens, every response as long as can be. Not counted:
-    evaluation, whose cache grows with --eval_batch_size x --max_new_tokens; what Python, torch and the prompts take;
-    and parts of a few percent.
+    Assumed: prompts of 64 tokens (512 where --teacher_prompt has the teacher read others), whole responses of
+    --max_new_tokens, every response as long as can be. Not counted: evaluation, whose cache grows with
+    --eval_batch_size x --max_new_tokens; what Python, torch and the prompts take; and parts of a few percent.
     """
     prompt, whole, length = 64, config.max_new_tokens, longest_response(config)
+    prompt_t = 512 if config.teacher_prompt else prompt
     on_gpu = (config.device or choose_device("").type).startswith("cuda")  # which need not be here
     size = 2 if (config.dtype or ("bfloat16" if on_gpu else "float32")) == "bfloat16" else 4
     s, t = (load_config(checkpoint_folder(name, ("config.json",))) if name else None
@@ -628,9 +638,10 @@ def plan(config: Config) -> dict[str, float]:
         """Of sampling, scoring and learning from one response, by a --prefix_len of `cut`."""
         sampled = cut if config.window == "prefix" else whole
         end = {"prefix": cut, "first": cut, "last": whole, "random": (cut + whole) / 2}[config.window]
-        wrote, read = (torch.tensor([prompt + n - 1.0]) for n in (sampled, end))
+        wrote, read, read_t = (torch.tensor([n - 1.0]) for n in (
+            (prompt_t if writer is t else prompt) + sampled, prompt + end, prompt_t + end))
         return [count_flops(writer, wrote, sampled) if writer is not None else 0.0,
-                count_flops(t, read, cut) if config.loss != "cross_entropy" else 0.0, 3 * count_flops(s, read, cut)]
+                count_flops(t, read_t, cut) if config.loss != "cross_entropy" else 0.0, 3 * count_flops(s, read, cut)]
 
     writer = writers[0] if writers else None
     by_teacher = flops(t, whole) if config.mix else [0.0] * 3

@@ -1,0 +1,160 @@
+"""Teachers that read another prompt than the student."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from data import HERE, InputError, load_jsonl
+from data.run import read_log
+from data.tokenizer import Tokenizer
+from eval import encode_prompts
+from model import Transformer
+from sample import Rollout, generate
+from tests.test_train import BLIND, TINY, make_pair, run
+
+STUDENT, TEACHER = HERE / "chains/student", HERE / "chains/teacher"
+HINT = "{answer}\n{prompt}"  # what the teacher reads: the answer, then the problem
+
+
+def log(out: Path) -> list[dict]:
+    return [{k: v for k, v in r.items() if "second" not in k and "per_s" not in k} for r in read_log(out / "log.jsonl")]
+
+
+@pytest.mark.parametrize("flags", [(), ("--mix", "0.5"), ("--rollout", "teacher")])
+def test_the_students_own_prompt_as_a_template_changes_nothing(tmp_path, flags):
+    for name, more in (("without", ()), ("with", ("--teacher_prompt", "{prompt}"))):
+        run(*TINY, *flags, *more, "--steps", "2", "--out_dir", tmp_path / name)
+    assert log(tmp_path / "with") == log(tmp_path / "without")
+    weights = [load_file(tmp_path / name / "step_000002/model.safetensors") for name in ("with", "without")]
+    assert all(torch.equal(w, weights[1][name]) for name, w in weights[0].items())
+
+
+def test_the_gradient_is_the_definitions_behind_each_models_own_prompt(tmp_path, monkeypatch):
+    """float64, ragged, in micro-batches; row by row, all logits, by autograd."""
+    student, teacher = (Transformer.from_pretrained(f, dtype=torch.float64) for f in (STUDENT, TEACHER))
+    pair, found, log_step = make_pair(student, teacher), {}, train.log_step
+
+    def clip(parameters, most):
+        found["gradient"] = [p.grad.clone() for p in pair.student.parameters()]
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr(train, "load_pair", lambda *_: pair)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    monkeypatch.setattr(train, "log_step", lambda *args: found.update(rollout=args[2]) or log_step(*args))
+    for micro_tokens in (60, 10_000):
+        train.train(train.Config(data="chains", out_dir=str(tmp_path), overwrite=True, steps=1, batch_size=7, lr=1e-30,
+                                 prefix_len=24, eval_problems=0, eval_kl=0, micro_tokens=micro_tokens,
+                                 teacher_prompt=HINT))
+        student.zero_grad(set_to_none=True)
+        rollout, total = found["rollout"], 0.0
+        rows = {row["prompt"]: row for row in load_jsonl(HERE / "chains/train.jsonl")}
+        for i in range(7):
+            response, prompt = rollout.response(i), rollout.tokens[i, : rollout.prompt_lens[i]].tolist()
+            row = rows[pair.tokenizer.decode(prompt)]
+            ids = pair.tokenizer.encode_prompt(row["answer"] + "\n" + row["prompt"])  # written out once more
+            log_p, log_q = (
+                (m(torch.tensor([before + response]))[0, len(before) - 1 : -1] @ m.head[:644].T).log_softmax(-1)
+                for m, before in ((student, prompt), (teacher, ids)))
+            total = total + (log_p.exp() * (log_p - log_q)).sum()
+        (total / rollout.num_supervised()).backward()
+        for g, p in zip(found["gradient"], student.parameters()):
+            assert torch.allclose(g, p.grad, rtol=1e-6, atol=1e-10)
+        student.zero_grad(set_to_none=True)
+
+
+def relevant(prompt: str) -> str:
+    """A problem without the definitions that nobody needs."""
+    *lines, question = prompt.strip().split("\n")
+    defined, needed, name = {line.split("=")[0]: line for line in lines}, [], question.rstrip("?")
+    while name in defined:
+        needed.append(defined[name])
+        name = re.split("[=+-]", defined[name])[1]
+    return "\n".join([line for line in lines if line in needed] + [question]) + "\n"
+
+
+def test_a_model_that_is_its_own_teacher_learns_from_what_only_the_teacher_is_shown(tmp_path):
+    """The weak model, which is misled by needless definitions, reads the problem without them as the teacher."""
+    data, runs = tmp_path / "rows.jsonl", {}
+    rows = [{**row, "core": relevant(row["prompt"])} for row in load_jsonl(HERE / "chains/train.jsonl")[:300]]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, template in (("plain", ""), ("shown", "{core}")):
+        run(*TINY, *BLIND, "--data", data, "--student", STUDENT, "--teacher", STUDENT, "--prefix_len", "8",
+            "--lr", "1e-3", "--batch_size", "16", "--steps", "16", "--teacher_prompt", template, "--out_dir", tmp_path / name)
+        runs[name] = log(tmp_path / name)
+    assert max(r["kl"] for r in runs["plain"]) < 1e-6 and runs["plain"][0]["grad_norm"] < 1e-6
+    kl = [r["kl"] for r in runs["shown"]]
+    assert runs["shown"][0]["grad_norm"] > 0.1 and sum(kl[8:]) / 8 < 0.8 * sum(kl[:4]) / 4
+
+
+def test_the_teacher_writes_behind_its_own_prompt_and_the_student_learns_behind_its_own(tmp_path):
+    pair = make_pair(*(Transformer.from_pretrained(f) for f in (STUDENT, TEACHER)))
+    rows = load_jsonl(HERE / "chains/train.jsonl")[:5]
+    encode_prompts(rows, pair.tokenizer, "--data", HINT, pair.teacher_tokenizer)
+    config = train.Config(prefix_len=30, rollout="teacher", teacher_prompt=HINT)
+    rollout = train.respond(rows, 0, 30, config, pair)
+    seeds = torch.randint(2**63 - 1, (5,), generator=torch.Generator().manual_seed(1337 + 104729)).tolist()
+    alone = generate(pair.teacher, [row["teacher_ids"] for row in rows], 30, pair.stop_ids, seeds=seeds)
+    for i, row in enumerate(rows):
+        assert rollout.response(i) == alone.response(i) == rollout.seen.response(i)
+        assert rollout.tokens[i, : rollout.prompt_lens[i]].tolist() == row["prompt_ids"] != row["teacher_ids"]
+        assert rollout.seen.tokens[i, : rollout.seen.prompt_lens[i]].tolist() == row["teacher_ids"]
+    flops = train.step_flops(pair, rollout, config)
+    rollout.seen = None
+    assert flops["flop_teacher"] > train.step_flops(pair, rollout, config)["flop_teacher"]
+
+
+def test_a_template_is_part_of_the_run_and_is_resumed(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(*TINY, "--eval_problems", "4", "--teacher_prompt", HINT, "--save_every", "2", "--out_dir", whole)
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "step_000003")
+    run("--resume", "--out_dir", cut)
+    assert log(whole) == log(cut)
+    with pytest.raises(InputError, match="--teacher_prompt is '{prompt}' and was"):
+        run("--resume", "--out_dir", cut, "--teacher_prompt", "{prompt}")
+
+
+def test_the_preflight_shows_both_prompts_and_does_not_warn_of_what_was_asked_for(tmp_path, capsys):
+    run(*TINY, *BLIND, "--steps", "1", "--teacher_prompt", HINT, "--out_dir", tmp_path)
+    said = capsys.readouterr().out
+    assert "prompt as the student sees it: 'Mia=Quy+3\\n" in said and "WARNING" not in said
+    rows = load_jsonl(HERE / "chains/train.jsonl")
+    answer = next(r["answer"] for r in rows if r["prompt"].startswith("Mia=Quy+3\nZed"))
+    assert f"prompt as the teacher sees it: '{answer}\\nMia=Quy+3\\n" in said
+
+
+@pytest.mark.parametrize("template, message", [
+    ("{hint}\n{prompt}", "--teacher_prompt: row 1 of --data has no text 'hint', only prompt, answer"),
+    ("Think first.", "--teacher_prompt 'Think first.': expected the name of a row's field in it"),
+    ("{prompt}" * 400, "exceed the 8192 positions of the model"),
+])
+def test_templates_that_cannot_be_used_are_one_line_before_anything_is_trained(tmp_path, template, message):
+    with pytest.raises(InputError) as refused:
+        run(*TINY, *BLIND, "--teacher_prompt", template, "--out_dir", tmp_path / "out")
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+    assert not list((tmp_path / "out").glob("step_*"))
+
+
+def test_braces_of_a_rows_own_text_stay():
+    tokenizer = Tokenizer(STUDENT)
+    rows = [{"prompt": "Dan=5\n", "answer": "{prompt} \\boxed{}"}]
+    encode_prompts(rows, tokenizer, "--data", "{answer}\n{prompt}{}", tokenizer)
+    assert tokenizer.decode(rows[0]["teacher_ids"]) == "{prompt} \\boxed{}\nDan=5\n{}"
+
+
+def test_responses_stay_themselves_behind_other_prompts():
+    rollout = Rollout.of([[1, 2], [3]], [[4, 5, 6], [7]], (6,))
+    rollout.supervised = torch.tensor([[1, 3], [0, 1]])
+    seen = rollout.behind([[9], [8, 8, 8, 8]])
+    for rows in rollout.micro_batches(100):
+        _, _, targets, position = rollout.part(rows, "cpu")
+        _, _, targets_seen, position_seen = seen.part(rows, "cpu")
+        assert torch.equal(targets, targets_seen) and torch.equal(position, position_seen)
+    assert json.dumps(seen.tokens.tolist()) == "[[9, 4, 5, 6, 0], [8, 8, 8, 8, 7]]" and math.isfinite(seen.flop)

@@ -5,8 +5,9 @@
     python tests/bench.py sample   # tokens per second of generate, against transformers' with either cache
     python tests/bench.py step     # a whole step of training, against TRL's DistillationTrainer (pip install trl)
     python tests/bench.py ranks    # tokens per second of two ranks against one, on a CPU
-    python tests/bench.py gpu      # everything worth knowing on a CUDA card, from random weights: a table and one line
-                                   # of JSON. Meant to take at most 8 minutes on an H100; it has not run on a card yet
+    python tests/bench.py gpu      # a CUDA card: decoding, learning, the loss, a whole step; from random weights (it has
+                                   # not run on a card yet)
+    python tests/bench.py card OUT # the table of tests/card.sh, from the files it left in OUT
 """
 
 import contextlib
@@ -16,10 +17,12 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -33,8 +36,8 @@ import train
 from data.run import read_log
 from data.tokenizer import Tokenizer
 from loss import distill_loss
-from model import Transformer, choose_device, count_flops
-from sample import Decoder, generate
+from model import Transformer, choose_device, count_flops, count_parameters
+from sample import cache_for, generate, next_tokens
 from tests.reference import live
 
 SMOLLM2 = {"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
@@ -118,8 +121,8 @@ def bench_loss(turns: str = "3") -> None:
         print(line, flush=True)
 
 
-def our_tokens(decoder, prompts, cap, stops) -> int:
-    return int(generate(decoder, prompts, cap, stops).lens.sum())
+def our_tokens(model, prompts, cap, stops) -> int:
+    return int(generate(model, prompts, cap, stops).lens.sum())
 
 
 def their_tokens(reference, prompts, cap, stops, cache) -> int:
@@ -150,10 +153,10 @@ def bench_sample(only: str = "", caches: str = "dynamic,static") -> None:
         for name, path, batch, length, cap, natural in jobs:
             if only not in name:
                 continue
-            decoder = Decoder(Transformer.from_pretrained(path))
+            model = Transformer.from_pretrained(path)
             reference = AutoModelForCausalLM.from_pretrained(path).eval()
             reference.generation_config.eos_token_id = None
-            v, stops = decoder.vocab, ()
+            v, stops = model.vocab, ()
             if length == "chains":
                 tokenizer = Tokenizer(path)
                 prompts, stops = [tokenizer.encode_prompt(p) for p in small], tokenizer.stop_ids
@@ -162,7 +165,7 @@ def bench_sample(only: str = "", caches: str = "dynamic,static") -> None:
                 prompts = [torch.randint(1, v, (n,), generator=g).tolist() for n in lens]
             if natural:  # a share 4 / cap of the random model's nearly even distribution: geometric, mean cap / 4
                 stops = tuple(range(v - v * 4 // cap, v))
-            runs = {"ours": (our_tokens, decoder, prompts, cap, stops)}
+            runs = {"ours": (our_tokens, model, prompts, cap, stops)}
             for cache in caches.split(","):
                 runs[cache] = (their_tokens, reference, prompts, cap, stops, "static" if cache == "static" else None)
             speeds = {k: [] for k in runs}
@@ -193,7 +196,6 @@ def bench_step(batch: str = "16", cap: str = "128", steps: str = "3") -> None:
             best["trl"] = their_step(folder, [json.loads(line)["prompt"] for line in lines], batch, cap, steps)
         except ImportError:
             print("no TRL here: pip install trl")
-        # train.py has the C library keep freed memory, which cannot be undone, so TRL, which does not, went first
         train.train(train.Config(
             student=f"{folder}/student", teacher=f"{folder}/teacher", data=f"{folder}/train.jsonl", prefix_len=cap,
             batch_size=batch, steps=steps, lr=1e-6, eval_problems=0, eval_kl=0, out_dir=f"{folder}/run", device="cpu",
@@ -202,7 +204,7 @@ def bench_step(batch: str = "16", cap: str = "128", steps: str = "3") -> None:
         best["ours"] = min((r["seconds_sample"] + r["seconds_learn"], r["tokens"]) for r in records)
     for name, (taken, tokens) in best.items():
         ratio = "" if name == "ours" else f" ({taken / best['ours'][0] * best['ours'][1] / tokens:.2f}x our time)"
-        print(f"{name}: {taken:.1f} s a step, {tokens / taken:,.0f} response tokens/s{ratio}")
+        print(f"{name}: {taken:.1f} s per step, {tokens / taken:,.0f} response tokens/s{ratio}")
 
 
 def wide_tokenizer(folder: Path, vocab: int) -> None:
@@ -216,7 +218,7 @@ def wide_tokenizer(folder: Path, vocab: int) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
-def their_step(folder, texts, batch, cap, steps, gpu: bool = False) -> tuple[float, int]:
+def their_step(folder, texts, batch, cap, steps) -> tuple[float, int]:
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DistillationConfig, DistillationTrainer
@@ -228,7 +230,6 @@ def their_step(folder, texts, batch, cap, steps, gpu: bool = False) -> tuple[flo
             self.start = time.perf_counter()
 
         def on_step_end(self, *_, **__):
-            torch.cuda.synchronize() if gpu else None
             self.taken.append(time.perf_counter() - self.start)
             print(f"trl, step {len(self.taken) - 1}: {self.taken[-1]:.1f} s", flush=True)
 
@@ -237,7 +238,7 @@ def their_step(folder, texts, batch, cap, steps, gpu: bool = False) -> tuple[flo
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     options = DistillationConfig(
         output_dir=str(Path(folder) / "trl"), per_device_train_batch_size=batch, max_completion_length=cap,
-        max_steps=steps, learning_rate=1e-6, use_cpu=not gpu, bf16=gpu, gradient_checkpointing=False, report_to="none",
+        max_steps=steps, learning_rate=1e-6, use_cpu=True, gradient_checkpointing=False, report_to="none",
         save_strategy="no", disable_tqdm=True, logging_steps=1000,
     )
     DistillationTrainer(
@@ -245,162 +246,6 @@ def their_step(folder, texts, batch, cap, steps, gpu: bool = False) -> tuple[flo
         processing_class=tokenizer, callbacks=[Clock()],
     ).train()
     return min(Clock.taken), batch * cap
-
-
-# --- a CUDA card
-
-
-QWEN3 = {"vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40_960,
-         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-QWEN3_SIZES = {"0.6B": (1024, 3072, 28, 16), "1.7B": (2048, 6144, 28, 16), "8B": (4096, 12_288, 36, 32)}
-TINY = {**QWEN3, "vocab_size": 704, "head_dim": 16}
-GOALS = {"decode 64 rows, graphs, share of bandwidth": 0.6, "loss, TFLOP/s": 280, "student, MFU": 0.4,
-         "step, times TRL's speed": 2}
-
-
-def qwen3(name: str, tiny: bool = False, layers: int = 0) -> Qwen3Config:
-    hidden, mlp, depth, heads = QWEN3_SIZES[name]
-    if tiny:
-        hidden, mlp, depth = hidden // 32, mlp // 32, 2
-    return Qwen3Config(**(TINY if tiny else QWEN3), hidden_size=hidden, intermediate_size=mlp,
-                       num_hidden_layers=layers or depth, num_attention_heads=heads, tie_word_embeddings=name != "8B")
-
-
-def on_card(config, dtype: torch.dtype = torch.float32) -> Transformer:
-    """Random weights, made on the device."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    model = model.to(dtype).to_empty(device="cuda")
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0, p.shape[1] ** -0.5) if p.dim() > 1 else p.fill_(1)
-    return model
-
-
-def on_clock(repeat: int, function, *arguments) -> float:
-    """Seconds a call, after a first one that sets things up."""
-    function(*arguments)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(repeat):
-        function(*arguments)
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) / repeat
-
-
-def bench_gpu(tiny: bool = False) -> None:
-    """tiny: the same on models of a few thousand weights, which a test runs on a simulated device."""
-    choose_device("cuda")
-    start, repeat = time.perf_counter(), 1 if tiny else 20
-    a, b = torch.zeros(2, 2**10 if tiny else 2**30, device="cuda", dtype=torch.bfloat16)
-    bandwidth = 4 * len(a) / on_clock(repeat, a.copy_, b)  # bytes/s, read and written
-    a = torch.randn(2**6 if tiny else 2**13, 2**6 if tiny else 2**13, device="cuda").bfloat16()
-    rate = 2 * len(a) ** 3 / on_clock(repeat, torch.mm, a, a)  # FLOP/s; MFU is a share of it
-    found = {"copy, GB/s": bandwidth / 1e9, "product, TFLOP/s": rate / 1e12}
-    del a, b
-    found |= sampling_on_card(bandwidth, rate, repeat, tiny)
-    found |= learning_on_card(rate, max(1, repeat // 4), tiny)
-    found |= loss_on_card(max(1, repeat // 4), tiny)
-    torch.cuda.empty_cache()
-    found |= step_on_card(tiny)
-    found["seconds of this bench"] = time.perf_counter() - start
-    card = torch.cuda.get_device_name()
-    print(f"{card}, torch {torch.__version__}; MFU and shares are of the rates of the product and the copy")
-    for name, x in found.items():
-        print(f"  {name:45} {x:12,.4g}" + (f"   goal: at least {GOALS[name]}" if name in GOALS else ""))
-    print(json.dumps({"device": card, "torch": torch.__version__, **found}))
-
-
-def sampling_on_card(bandwidth: float, rate: float, repeat: int, tiny: bool) -> dict[str, float]:
-    """Of the 1.7B shape: decode steps in the middle of a response, and the reading of prompts."""
-    config, found = qwen3("1.7B", tiny), {}
-    decoder = Decoder(on_card(config, torch.bfloat16))
-    weights = 2 * sum(w.numel() for group in decoder.weights[:-1] for w in group.values()) + 2 * decoder.head.numel()
-    length = 64 if tiny else 768
-    for rows in (1, 4) if tiny else (1, 8, 64):
-        moved = weights + 2 * decoder.cache_for(rows, length).kv[:, :rows, :, :length].numel()
-        token = torch.full((rows,), 7, device="cuda")
-        at, uniform = torch.full_like(token, length - 1), torch.full((rows,), 0.5, device="cuda", dtype=torch.float64)
-        for graphs, words in ((None, ""), ({}, ", graphs")):
-            decoder.graphs = graphs
-            taken = on_clock(repeat, decoder.next_tokens, token, at, uniform, length, 1.0)
-            found[f"decode {rows} rows{words}, tokens/s"] = rows / taken
-            found[f"decode {rows} rows{words}, share of bandwidth"] = moved / taken / bandwidth
-    b, T = (2, 32) if tiny else (64, 256)
-    taken = on_clock(repeat, decoder.prefill, torch.randint(config.vocab_size, (b, T), device="cuda"))
-    return found | {"prefill, tokens/s": b * T / taken,
-                    "prefill, MFU": count_flops(config, b * T, b * T * (T + 1) / 2, 0) / taken / rate}
-
-
-def learning_on_card(rate: float, repeat: int, tiny: bool) -> dict[str, float]:
-    """The two forwards of learning and the student's backward, without heads: 1.7B from 8B."""
-    b, T = (2, 32) if tiny else (4, 1280)
-    tokens = torch.randint(500, (b, T), device="cuda")
-    student, teacher = on_card(qwen3("1.7B", tiny)), Decoder(on_card(qwen3("8B", tiny), torch.bfloat16))
-
-    def learn() -> None:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            hidden = student(tokens)
-        hidden.backward(hidden.detach())
-
-    work = b * T, b * T * (T + 1) / 2, 0
-    return {"teacher, MFU": count_flops(teacher.config, *work) / on_clock(repeat, teacher, tokens) / rate,
-            "student, MFU": 3 * count_flops(student.config, *work) / on_clock(repeat, learn) / rate}
-
-
-def loss_on_card(repeat: int, tiny: bool) -> dict[str, float]:
-    """The reverse KL of 4,096 rows at the heads of 1.7B and 8B; its gradient of 64 rows against float64."""
-    n, (v, h, h_t) = (128, (704, 64, 128)) if tiny else (4096, (151_936, 2048, 4096))
-    made = [torch.randn(*size, device="cuda").mul_(scale).bfloat16()
-            for size, scale in (((n, h), 1), ((v, h), 3 / h**0.5), ((n, h_t), 1), ((v, h_t), 3 / h_t**0.5))]
-
-    def gradients(hidden, head, hidden_t, head_t) -> list[torch.Tensor]:
-        leaves = [hidden.detach().requires_grad_(), head.detach().requires_grad_()]
-        distill_loss(*leaves, hidden_t, head_t)[0].backward()
-        return [x.grad for x in leaves]
-
-    taken = on_clock(repeat, gradients, made[0], made[1].float(), *made[2:])
-    few = [made[0][:64], made[1].float(), made[2][:64], made[3]]
-    errors = [float((x.double() - y).norm() / y.norm())
-              for x, y in zip(gradients(*few), gradients(*(x.double() for x in few)))]
-    return {"loss, TFLOP/s": 2 * n * v * (3 * h + h_t) / taken / 1e12,
-            **{f"loss, error of the gradient of the {name}": x for name, x in zip(("hidden states", "head"), errors)}}
-
-
-def step_on_card(tiny: bool) -> dict[str, float]:
-    """A step of training, 0.6B from 1.7B: its speed, the speed of TRL's, and its peak memory against --plan."""
-    batch, cap, steps, found = 4 if tiny else 16, 8 if tiny else 512, 3, {}
-    lines = (ROOT / "data/chains/test.jsonl").read_text().splitlines()[: batch * steps]
-    with tempfile.TemporaryDirectory() as folder:
-        for name, shape, dtype in (("student", "0.6B", torch.float32), ("teacher", "1.7B", torch.bfloat16)):
-            model = on_card(qwen3(shape, tiny))
-            model.to(dtype).save_pretrained(Path(folder) / name)
-            wide_tokenizer(Path(folder) / name, model.config.vocab_size)
-            del model
-        (Path(folder) / "train.jsonl").write_text("\n".join(lines))
-        options = {
-            "student": f"{folder}/student", "teacher": f"{folder}/teacher", "data": f"{folder}/train.jsonl",
-            "prefix_len": cap, "batch_size": batch, "steps": steps, "lr": 1e-6, "eval_problems": 0, "eval_kl": 0,
-            "max_new_tokens": cap, "out_dir": f"{folder}/run", "device": "cuda", "dtype": "bfloat16",
-        }
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            train.train(train.Config(**options, plan=True))
-        planned = max(float(x) * 1e9 for x in re.findall(r"in all, while \w+ +([\d.]+)", printed.getvalue()))
-        train.train(train.Config(**options))
-        records = read_log(Path(folder) / "run/log.jsonl")
-        taken, tokens = min((r["seconds_sample"] + r["seconds_learn"], r["tokens"]) for r in records)
-        found["step, tokens/s"] = tokens / taken
-        found["step, peak memory of what --plan says"] = max(r["peak_memory"] for r in records) / planned
-        gc.collect()
-        torch.cuda.empty_cache()
-        with contextlib.suppress(ImportError):
-            if not tiny:
-                prompts = [json.loads(line)["prompt"] for line in lines]
-                theirs, tokens = their_step(folder, prompts, batch, cap, steps, gpu=True)
-                found |= {"TRL's step, tokens/s": tokens / theirs,
-                          "step, times TRL's speed": found["step, tokens/s"] * theirs / tokens}
-    return found
 
 
 def bench_ranks(steps: str = "4") -> None:
@@ -416,10 +261,180 @@ def bench_ranks(steps: str = "4") -> None:
     print(f"tokens/s: 1 rank {rates[0]:,.0f}, 2 ranks {rates[1]:,.0f}, {rates[1] / rates[0]:.2f} times as many")
 
 
+# --- a CUDA card
+
+QWEN3 = {"vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40_960,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+QWEN3_SIZES = {"0.6B": (1024, 3072, 28, 16), "1.7B": (2048, 6144, 28, 16), "8B": (4096, 12_288, 36, 32)}
+TINY = bool(os.environ.get("CARD_TINY"))  # models of a few thousand weights, for a run on a simulated device
+GOALS = {"decode 64 rows, graphs, share of bandwidth": 0.6, "loss, TFLOP/s": 280, "student, MFU": 0.4}
+
+
+def qwen3(name: str, layers: int = 0, tiny: bool = False) -> Qwen3Config:
+    hidden, mlp, depth, heads = QWEN3_SIZES[name]
+    small = {"vocab_size": 704, "head_dim": 16} if tiny or TINY else {}
+    if small:
+        hidden, mlp, depth = hidden // 32, mlp // 32, 2
+    return Qwen3Config(**QWEN3 | small, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers or depth,
+                       num_attention_heads=heads, tie_word_embeddings=name != "8B")
+
+
+def on_card(config, dtype: torch.dtype = torch.float32) -> Transformer:
+    """Random weights, made on the device; those in bfloat16 are for reading."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model = model.to(dtype).to_empty(device="cuda").requires_grad_(dtype == torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, p.shape[1] ** -0.5) if p.dim() > 1 else p.fill_(1)
+    return model
+
+
+def on_clock(repeat: int, function, *arguments) -> float:
+    """Seconds per call, after a first one that sets things up."""
+    function(*arguments)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(1 if TINY else repeat):
+        function(*arguments)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / (1 if TINY else repeat)
+
+
+def bench_gpu() -> None:
+    """Each part prints its numbers when it is done, for people and as a line of JSON."""
+    choose_device("cuda")
+    card, found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}, {}
+    print(*card.values(), "; MFU and shares are of the rates of the product and the copy")
+    for part in (limits_of_card, sampling_on_card, learning_on_card, loss_on_card, step_on_card):
+        start = time.perf_counter()
+        try:
+            new = part(found)
+        except Exception:  # the others may run  # noqa: BLE001
+            traceback.print_exc(file=sys.stdout)
+            new = {}
+        for name, x in new.items():
+            print(f"  {name:45} {x:12,.4g}" + (f"   goal: at least {GOALS[name]}" if name in GOALS else ""))
+        found |= new
+        print(json.dumps(card | new | {f"seconds of {part.__name__}": time.perf_counter() - start}), flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def limits_of_card(found: dict) -> dict[str, float]:
+    """What a large copy (read and written) and a large product reach."""
+    n, m = (2**10, 2**6) if TINY else (2**30, 2**13)
+    a, b = torch.zeros(2, n, device="cuda", dtype=torch.bfloat16)
+    c = torch.randn(m, m, device="cuda").bfloat16()
+    return {"copy, GB/s": 4 * n / on_clock(20, a.copy_, b) / 1e9,
+            "product, TFLOP/s": 2 * m**3 / on_clock(20, torch.mm, c, c) / 1e12}
+
+
+def sampling_on_card(found: dict) -> dict[str, float]:
+    """Of the 1.7B shape: decode steps in the middle of a response, and the reading of prompts."""
+    config, new = qwen3("1.7B"), {}
+    model, length, weights = on_card(config, torch.bfloat16), 64 if TINY else 768, 2 * count_parameters(config)
+    for rows in (64, 8, 1):
+        cache = cache_for(model, rows, length)
+        moved = weights + 2 * 2 * cache.k[:, :rows, :, :length].numel()
+        token = torch.full((rows,), 7, device="cuda")
+        at, uniform = torch.full_like(token, length - 1), torch.full((rows,), 0.5, device="cuda", dtype=torch.float64)
+        for graphs, words in ((None, ""), ({}, ", graphs")):
+            model.graphs = graphs
+            taken = on_clock(20, next_tokens, model, token, at, uniform, length, (1.0, None, None))
+            new[f"decode {rows} rows{words}, tokens/s"] = rows / taken
+            new[f"decode {rows} rows{words}, share of bandwidth"] = moved / taken / found["copy, GB/s"] / 1e9
+    b, T = (2, 32) if TINY else (64, 256)
+    tokens, read = torch.randint(500, (b, T), device="cuda"), torch.full((b,), T)
+    cache.write_prompts(torch.arange(b, device="cuda"))
+    taken, work = on_clock(5, model.forward, tokens, None, cache), count_flops(config, read, 0)
+    return new | {"prefill, tokens/s": b * T / taken, "prefill, MFU": work / taken / found["product, TFLOP/s"] / 1e12}
+
+
+def learning_on_card(found: dict) -> dict[str, float]:
+    """The two forwards of learning and the student's backward, without heads: 1.7B from 8B."""
+    b, T = (2, 32) if TINY else (4, 1280)
+    tokens, read = torch.randint(500, (b, T), device="cuda"), torch.full((b,), T)
+    student, teacher = on_card(qwen3("1.7B")), on_card(qwen3("8B"), torch.bfloat16)
+
+    def learn() -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            hidden = student(tokens)
+        hidden.backward(hidden.detach())
+
+    rate = found["product, TFLOP/s"] * 1e12
+    return {"teacher, MFU": count_flops(teacher.config, read, 0) / on_clock(5, teacher, tokens) / rate,
+            "student, MFU": 3 * count_flops(student.config, read, 0) / on_clock(5, learn) / rate}
+
+
+def loss_on_card(found: dict) -> dict[str, float]:
+    """The reverse KL of 4,096 rows at the heads of 1.7B and 8B; its gradient of 64 rows against float64."""
+    n, (v, h, h_t) = (128, (704, 64, 128)) if TINY else (4096, (151_936, 2048, 4096))
+    made = [torch.randn(*size, device="cuda").mul_(scale).bfloat16()
+            for size, scale in (((n, h), 1), ((v, h), 3 / h**0.5), ((n, h_t), 1), ((v, h_t), 3 / h_t**0.5))]
+
+    def gradients(hidden, head, hidden_t, head_t) -> list[torch.Tensor]:
+        leaves = [hidden.detach().requires_grad_(), head.detach().requires_grad_()]
+        distill_loss(*leaves, hidden_t, head_t)[0].backward()
+        return [x.grad for x in leaves]
+
+    taken = on_clock(5, gradients, made[0], made[1].float(), *made[2:])
+    few = [made[0][:64], made[1].float(), made[2][:64], made[3]]
+    errors = [float((x.double() - y).norm() / y.norm())
+              for x, y in zip(gradients(*few), gradients(*(x.double() for x in few)))]
+    return {"loss, TFLOP/s": 2 * n * v * (3 * h + h_t) / taken / 1e12,
+            **{f"loss, error of the gradient of the {name}": x for name, x in zip(("hidden states", "head"), errors)}}
+
+
+def step_on_card(found: dict) -> dict[str, float]:
+    """Three steps of training, 0.6B from 1.7B: speed, and peak memory against --plan."""
+    batch, cap = (4, 8) if TINY else (16, 512)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, shape, dtype in (("student", "0.6B", torch.float32), ("teacher", "1.7B", torch.bfloat16)):
+            on_card(qwen3(shape), dtype).save_pretrained(Path(folder) / name)
+            wide_tokenizer(Path(folder) / name, qwen3(shape).vocab_size)
+        config = train.Config(
+            student=f"{folder}/student", teacher=f"{folder}/teacher", data="chains", prefix_len=cap, batch_size=batch,
+            steps=3, lr=1e-6, eval_problems=0, eval_kl=0, max_new_tokens=cap, out_dir=f"{folder}/run", device="cuda")
+        with contextlib.redirect_stdout(io.StringIO()):
+            planned = max(train.plan(config).values())
+        train.train(config)
+        records = read_log(Path(folder) / "run/log.jsonl")
+    taken, tokens = min((r["seconds_sample"] + r["seconds_learn"], r["tokens"]) for r in records)
+    return {"step, seconds": taken, "step, tokens/s": tokens / taken,
+            "step, peak memory of what --plan says": max(r["peak_memory"] for r in records) / planned}
+
+
+def print_card(out: str) -> None:
+    """Of each run of tests/card.sh and its bench: a table and one line of JSON."""
+    lines = {f.stem: f.read_text(errors="replace").splitlines() for f in sorted(Path(out).glob("*.txt"))}
+    found = {"tests": next((x for x in reversed(lines["tests"]) if x.strip()), "")} if "tests" in lines else {}
+    for file in sorted(Path(out).glob("*/log.jsonl")):
+        records = read_log(file)
+        steps, evals = ([r for r in records if kind in r] for kind in ("loss", "eval"))
+        taken = [r["seconds_sample"] + r["seconds_learn"] for r in steps]
+        found[file.parent.name] = {
+            "steps": len(steps), "loss": [r["loss"] for r in steps[:: max(1, len(steps) - 1)]],
+            "accuracy": [r["accuracy"] for r in evals], "seconds of the first step": taken[0] if taken else None,
+            # the later ones' median: the first steps compile, record graphs and allocate
+            "seconds per step": statistics.median(taken[len(taken) // 2 :]) if taken else None,
+            "tokens/s": statistics.median(r["tokens_per_s"] for r in steps[len(steps) // 2 :]) if steps else None,
+            "peak memory, GB": max((r["peak_memory"] for r in steps), default=0) / 1e9}
+    for line in lines.get("bench", []):
+        found["bench"] = found.get("bench", {}) | (json.loads(line) if line.startswith("{") else {})
+    print("\n".join(lines.get("versions", [])))
+    for name, x in found.items():
+        print(f"\n{name}" if isinstance(x, dict) else f"\n{name}: {x}")
+        for key, value in x.items() if isinstance(x, dict) else ():
+            value = value if isinstance(value, list) else [value]
+            print(f"  {key:45} " + " -> ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in value))
+    print("\n" + json.dumps(found))
+
+
 if __name__ == "__main__":
     benches = {"loss": bench_loss, "loss_memory": loss_memory, "sample": bench_sample, "step": bench_step,
-               "ranks": bench_ranks, "gpu": bench_gpu}
+               "ranks": bench_ranks, "gpu": bench_gpu, "card": print_card}
     if len(sys.argv) < 2 or sys.argv[1] not in benches:
-        sys.exit("usage: python tests/bench.py loss|sample|step|ranks|gpu")
+        sys.exit("usage: python tests/bench.py loss|sample|step|ranks|gpu|card")
     torch.manual_seed(0)
     benches[sys.argv[1]](*sys.argv[2:])

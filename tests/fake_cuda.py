@@ -6,6 +6,8 @@
         x.sum().item()                        # counted in gpu.waits, by place in the code
     print(gpu.waits, gpu.launches, gpu.peak)
 
+    python -m tests.fake_cuda train.py --prefix_len 16    # a whole program there
+
 A tensor "on cuda" is a wrapper whose metadata say cuda:0 and that holds a CPU tensor. A TorchDispatchMode takes every
 ATen call below autograd and autocast, refuses what CUDA would refuse (mixed devices, CPU generators, CPU-only kernels),
 runs the rest on the held tensors, and wraps what comes out. So autograd, autocast (bfloat16 for "cuda"), checkpointing,
@@ -24,6 +26,7 @@ shapes=True: float tensors hold no numbers (meta), for real models' sizes; integ
 import collections
 import contextlib
 import math
+import runpy
 import sys
 from unittest import mock
 
@@ -119,8 +122,9 @@ class CudaTensor(Tensor):
     def __deepcopy__(self, memo):
         with torch.no_grad():
             copy = self.detach().clone()
-        copy.requires_grad_(self.requires_grad)
-        return memo.setdefault(id(self), copy)
+        if isinstance(self, torch.nn.Parameter):
+            return torch.nn.Parameter(copy, self.requires_grad)
+        return copy.requires_grad_(self.requires_grad)
 
 
 class Gpu(TorchDispatchMode):
@@ -403,3 +407,11 @@ def fake_cuda(**options):
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") makes it on the host, and moves it
         stack.enter_context(gpu)
         yield gpu
+
+
+if __name__ == "__main__":
+    from tests import fake_cuda as once  # not __main__'s: the program may import this, too  # noqa: PLW0406
+
+    sys.argv = sys.argv[1:]
+    with once.fake_cuda():
+        runpy.run_path(sys.argv[0], run_name="__main__")

@@ -86,7 +86,8 @@ def test_a_model_that_is_its_own_teacher_learns_from_what_only_the_teacher_is_sh
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, template in (("plain", ""), ("shown", "{core}")):
         run(*TINY, *BLIND, "--data", data, "--student", STUDENT, "--teacher", STUDENT, "--prefix_len", "8",
-            "--lr", "1e-3", "--batch_size", "16", "--steps", "16", "--teacher_prompt", template, "--out_dir", tmp_path / name)
+            "--lr", "1e-3", "--batch_size", "16", "--steps", "16", "--teacher_prompt", template,
+            "--out_dir", tmp_path / name)
         runs[name] = log(tmp_path / name)
     assert max(r["kl"] for r in runs["plain"]) < 1e-6 and runs["plain"][0]["grad_norm"] < 1e-6
     kl = [r["kl"] for r in runs["shown"]]

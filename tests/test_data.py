@@ -16,7 +16,8 @@ from data import HERE, InputError, load_jsonl
 from data.answers import is_correct
 from data.chains import other_stop, prepare
 from data.search import prepare as search
-from data.tokenizer import Tokenizer, as_trained, byte_alphabet, check_same
+from data.bpe import byte_alphabet
+from data.tokenizer import Tokenizer, as_trained, check_same
 from data.walk import prepare as walk
 from model import Transformer
 from sample import Config
@@ -188,14 +189,14 @@ def test_a_checkpoint_is_prompted_as_it_was_trained(tmp_path, capsys):
     assert config.thinking == "off"
 
 
-def test_a_tokenizer_of_another_kind_is_served_by_transformers(tmp_path, capsys):
+def test_a_tokenizer_of_another_kind_is_served_by_tokenizers(tmp_path, capsys):
     pieces = [("<unk>", 0.0), ("▁", -1.0), ("▁Dan", -2.0), ("a", -3.0), ("n", -3.0)]
     other = RawTokenizer(models.Unigram(pieces, unk_id=0))
     other.pre_tokenizer, other.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     other.add_special_tokens(["</s>"])
     PreTrainedTokenizerFast(tokenizer_object=other, eos_token="</s>").save_pretrained(tmp_path)
     tokenizer, reference = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    assert "transformers encodes" in capsys.readouterr().out
+    assert "no byte-level BPE" in capsys.readouterr().out
     ids = tokenizer.encode("Dan an</s>")
     assert ids == reference.encode("Dan an</s>", add_special_tokens=False, split_special_tokens=True)
     assert tokenizer.decode(tokenizer.encode("Dan an")) == "Dan an" and tokenizer.stop_ids == (5,)
@@ -214,7 +215,7 @@ def test_different_tokenizers_are_refused_by_the_first_id(folder):
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     for text, message in ((None, "no tokenizer.json there"), ("{]", "not JSON"),
-                          ('{"model": {}}', "not a tokenizer this can read")):
+                          ('{"model": {}}', "tokenizer.json: damaged, or not")):
         if text:
             (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(InputError, match=message):

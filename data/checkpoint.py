@@ -86,8 +86,8 @@ def load_config(folder: str | Path):
         check_config(config)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
-    if (original := fields.get("original_max_position_embeddings")) and config.rope_parameters["rope_type"] != "default":
-        config.rope_parameters["original_max_position_embeddings"] = original  # the length to scale from goes before
+    if original := fields.get("original_max_position_embeddings"):
+        config.rope_parameters["original_max_position_embeddings"] = original  # which transformers prefers, too
     return config
 
 
@@ -109,8 +109,8 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def write_config(config, folder: str | Path, dtype) -> None:
-    """Write config.json so that all its readers understand the same: transformers 5 reads `rope_parameters` and `dtype`;
-    transformers 4 and what is built on it read `rope_theta`, `rope_scaling` and `torch_dtype`."""
+    """Write config.json so that all its readers understand the same: transformers 5 reads `rope_parameters` and
+    `dtype`; transformers 4 and what is built on it read `rope_theta`, `rope_scaling` and `torch_dtype`."""
     fields = config.to_diff_dict()
     scaling = dict(fields["rope_parameters"])
     fields["rope_theta"] = scaling.pop("rope_theta")

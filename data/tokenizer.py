@@ -7,6 +7,7 @@ Chat templates are rendered by transformers, in its sandbox, every prompt by its
 
 import functools
 import json
+import os
 import re
 import shutil
 import unicodedata
@@ -55,12 +56,14 @@ class Tokenizer:
             spec = read_json(file)
             self.raw = tokenizers.Tokenizer.from_file(str(file))
             self.raw.no_truncation(), self.raw.no_padding()
-        self.check_chat()
         with reading(self.folder):
+            self.check_chat()
             self.add_declared_tokens()
             added = self.raw.get_added_tokens_decoder()
             self.special = {token.content: i for i, token in added.items()}
             self.plain = {token.content for token in added.values() if not token.special}
+            names = sorted(self.special.keys() - self.plain, key=len, reverse=True)
+            self.marks = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
             self.tokens = {i: token for token, i in self.raw.get_vocab().items()}
             self.vocab_size, self.alphabet = 1 + max(self.tokens), byte_alphabet()
             bare, opened = (self.hf("a", add_special_tokens=special).input_ids for special in (False, True))
@@ -77,7 +80,9 @@ class Tokenizer:
     def hf(self):
         """The transformers tokenizer. It renders prompts and knows which tokens all the files together add."""
         from transformers import AutoTokenizer
+        from transformers.utils import chat_template_utils
 
+        chat_template_utils.datetime = Clock  # what a template's strftime_now asks
         with reading(self.folder):
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
 
@@ -109,8 +114,7 @@ class Tokenizer:
                     found.add(own := i)
         stop_ids = tuple(sorted(i for i in found if 0 <= i < self.vocab_size))
         if not stop_ids:
-            raise InputError(f"{self.folder}: none of its files declares an end-of-sequence token"
-                             + (f" below its {self.vocab_size} ids, but {sorted(found)[:5]}" if found else ""))
+            raise InputError(f"{self.folder}: none of its files declares an end-of-sequence token that it has")
         return stop_ids, stop_ids[0] if own is None else own
 
     def encode(self, text: str, special: bool = False) -> list[int]:
@@ -144,43 +148,39 @@ class Tokenizer:
         """
         if not self.chats():
             return self.bos_ids + self.encode(prompt)
-        marks = "|".join(map(re.escape, sorted(self.special.keys() - self.plain, key=len, reverse=True))) or r"(?!)"
-        # In the user's text a character that occurs nowhere stands for each special token until the template is done.
+        spelled = set(self.marks.findall(prompt))
+        if not spelled:
+            return self.encode(self.render(prompt), special=True)
+        # While the template is at work, a character that occurs nowhere stands for each special token of the prompt.
         used = {*prompt, *self.system, *self.chat_template()}
         unused = (chr(c) for c in range(0xE000, 0xF900) if chr(c) not in used)
-        meant = {next(unused): token for token in set(re.findall(marks, prompt))}
-        stand_in = {token: c for c, token in meant.items()}
-        text = self.render(re.sub(marks, lambda m: stand_in[m[0]], prompt))
+        stand_in = dict(zip(spelled, unused))
+        meant = {c: token for token, c in stand_in.items()}
         ids, rest = [], ""
-        for piece in re.split(f"({marks})", text) if meant else [text]:
+        for piece in self.marks.split(self.render(self.marks.sub(lambda m: stand_in[m[0]], prompt))):
             if meant.keys() & set(piece):
-                spelled = "".join(meant.get(c, c) for c in piece)
-                ids, rest = ids + self.encode(rest, special=True) + self.encode(spelled), ""
+                piece = "".join(meant.get(c, c) for c in piece)
+                ids, rest = ids + self.encode(rest, special=True) + self.encode(piece), ""
             else:
                 rest += piece
         return ids + self.encode(rest, special=True)
 
-    def conversation(self, prompt: str) -> tuple[list[dict], dict]:
-        """The turns that a chat template gets for a prompt, and its options."""
+    def render(self, prompt: str, tokenize: bool = False) -> str | list[int]:
+        """What transformers makes of a prompt with the chat template: a text, or ids."""
         turns = [{"role": "system", "content": self.system}] if self.system else []
-        options = {"chat_template": self.chat_template(), "add_generation_prompt": True}
-        options |= {"enable_thinking": self.thinking == "on"} if self.thinking else {}
-        return [*turns, {"role": "user", "content": prompt}], options
-
-    def render(self, prompt: str) -> str:
-        from transformers.utils import chat_template_utils
-
-        chat_template_utils.datetime = Clock  # what its strftime_now asks
-        turns, options = self.conversation(prompt)
+        turns += [{"role": "user", "content": prompt}]
+        options = {"enable_thinking": self.thinking == "on"} if self.thinking else {}
         try:
-            return self.hf.apply_chat_template(turns, tokenize=False, **options)
+            return self.hf.apply_chat_template(
+                turns, chat_template=self.chat_template(), add_generation_prompt=True, tokenize=tokenize,
+                return_dict=False, **options)
         except Exception as error:  # noqa: BLE001 (a template may raise anything)
             raise InputError(f"{self.folder}: its chat template cannot be used here ({type(error).__name__}: {error})"
                              ) from None
 
     def surroundings(self) -> dict:
-        """What every prompt of a run is put into, to be stored with the run: the ids of a short prompt, which change
-        with the template, the system turn and the tokenizer, and the time that the template saw."""
+        """What a run's prompts are put into, to be stored with it: the ids of a short prompt, which change with the
+        template, the system turn and the tokenizer, and the time that the template saw."""
         return {"ids": self.encode_prompt("?"), "clock": Clock.moment.isoformat()}
 
     def chats(self) -> bool:
@@ -190,14 +190,9 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The text of the checkpoint's default chat template."""
         file = self.folder / "chat_template.jinja"
-        if file.is_file():
-            return read_text(file)
-        file = self.folder / "tokenizer_config.json"
-        found = read_json(file).get("chat_template") if file.is_file() else None
+        found = read_text(file) if file.is_file() else self.side_file("tokenizer_config.json").get("chat_template")
         if isinstance(found, list):  # several, by name
-            found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
-        if not isinstance(found, (str, type(None))):
-            raise InputError(f"{file}: expected chat_template to be a text, found {reprlib.repr(found)}")
+            found = {template["name"]: template["template"] for template in found}.get("default")
         return found or None
 
     def check_chat(self) -> None:
@@ -232,9 +227,8 @@ class Tokenizer:
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, Path(folder) / name)
         if stop_ids:
-            file = Path(folder) / "generation_config.json"
-            settings = read_json(file) if file.is_file() else {}
-            file.write_text(json.dumps(settings | {"eos_token_id": list(stop_ids)}, indent=1) + "\n")
+            settings = self.side_file("generation_config.json") | {"eos_token_id": list(stop_ids)}
+            (Path(folder) / "generation_config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def check_same(student: Tokenizer, teacher: Tokenizer) -> None:
@@ -244,10 +238,8 @@ def check_same(student: Tokenizer, teacher: Tokenizer) -> None:
     """
     for i in range(min(student.vocab_size, teacher.vocab_size)):
         if (ours := student.token_bytes(i)) != (other := teacher.token_bytes(i)):
-            raise InputError(
-                f"student and teacher have different tokenizers: id {i} is {ours!r} in {student.folder} and {other!r} "
-                f"in {teacher.folder}. Choose a pair of one family"
-            )
+            raise InputError(f"student and teacher have different tokenizers: id {i} is {ours!r} in {student.folder} "
+                             f"and {other!r} in {teacher.folder}. Choose a pair of one family")
 
 
 def check_rendering(tokenizer: Tokenizer, prompts: list[str]) -> None:
@@ -256,19 +248,15 @@ def check_rendering(tokenizer: Tokenizer, prompts: list[str]) -> None:
     import transformers
 
     for prompt in prompts:
-        if any(token in prompt for token in tokenizer.special.keys() - tokenizer.plain):
-            continue
-        turns, options = tokenizer.conversation(prompt)
-        ours, theirs = tokenizer.encode_prompt(prompt), (
-            tokenizer.hf.apply_chat_template(turns, tokenize=True, return_dict=False, **options)
-            if tokenizer.chats() else tokenizer.hf(prompt).input_ids)
-        if ours != theirs:
-            at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+        ours = tokenizer.encode_prompt(prompt)
+        theirs = tokenizer.render(prompt, tokenize=True) if tokenizer.chats() else tokenizer.hf(prompt).input_ids
+        if ours != theirs and not tokenizer.marks.search(prompt):
+            at = len(os.path.commonprefix([ours, theirs]))
             raise InputError(
-                f"{tokenizer.folder}: the prompt {prompt[:60]!r} has other ids in its tokenizer.json than in "
-                f"transformers {transformers.__version__}, from token {at}: {ours[at : at + 5]} and "
-                f"{theirs[at : at + 5]}. Try another version of transformers, or, if tokenizer.json is right, write "
-                '"tokenizer_class": "PreTrainedTokenizerFast" into its tokenizer_config.json')
+                f"{tokenizer.folder}: from token {at} on, the prompt {prompt[:60]!r} has the ids {ours[at:][:5]} by its "
+                f"tokenizer.json and {theirs[at:][:5]} by transformers {transformers.__version__}. Try another version "
+                'of it, or, if tokenizer.json is right, write "tokenizer_class": "PreTrainedTokenizerFast" into its '
+                "tokenizer_config.json")
 
 
 def resume_clock(state: dict) -> None:
@@ -279,13 +267,12 @@ def resume_clock(state: dict) -> None:
 
 def as_trained(config, folder: Path) -> None:
     """Give `config` the data, chat, system and thinking flags of the run that wrote a checkpoint, where they were not
-    given, and templates its time: a student must be prompted as in its training. The data are those it was evaluated
-    on, by name."""
-    file = folder / "state.json"
-    state, said = read_json(file) if file.is_file() else {}, []
+    given, and templates its time: a student must be prompted as in its training."""
+    file, said = folder / "state.json", []
+    state = read_json(file) if file.is_file() else {}
     with reading(file):
         trained = state.get("config", {})
-        sets = [trained.get(name) for name in ("eval_data", "data")]
+        sets = [trained.get(name) for name in ("eval_data", "data")]  # by name, and the held-out ones first
         trained["data"] = next((s for s in sets if s and (HERE / s).is_dir()), "search")
         resume_clock(state)
     for name, default in (("data", "search"), ("chat", "auto"), ("system", ""), ("thinking", "")):

@@ -253,7 +253,7 @@ def check_rendering(tokenizer: Tokenizer, prompts: list[str]) -> None:
         if ours != theirs and not tokenizer.marks.search(prompt):
             at = len(os.path.commonprefix([ours, theirs]))
             raise InputError(
-                f"{tokenizer.folder}: from token {at} on, {prompt[:60]!r} has the ids {ours[at:][:5]} by tokenizer.json "
+                f"{tokenizer.folder}: from token {at} on, {prompt[:50]!r} has ids {ours[at:][:5]} by tokenizer.json "
                 f"and {theirs[at:][:5]} by transformers {transformers.__version__}. Try another version of it, or, if "
                 'tokenizer.json is right, write "tokenizer_class": "PreTrainedTokenizerFast" into tokenizer_config.json'
             )

@@ -150,7 +150,7 @@ def test_a_difference_from_transformers_is_told_before_anything_is_trained(made)
     check_rendering(tokenizer, ["hello", "a </s> b"])
     tokenizer.hf.backend_tokenizer.normalizer = normalizers.Lowercase()  # as a faulty version might
     check_rendering(tokenizer, ["hello"])
-    with pytest.raises(InputError, match="from token 0 on, 'Hello world' has .* transformers 5"):
+    with pytest.raises(InputError, match="from token 0 on, 'Hello world' has ids .* transformers 5"):
         check_rendering(tokenizer, ["hello", "Hello world"])
 
 

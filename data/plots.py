@@ -13,9 +13,11 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56
 
 def panels(titles: list[str], x_label: str, x_scale: str = "linear"):
     """A figure with a panel for each title, side by side, and the panels; three are 1,560 pixels wide."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
+    rcParams["text.parse_math"] = False  # a "$" in a path is no mathematics
     figure = Figure((4 * len(titles) if len(titles) > 1 else 9, 3.6), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1)
     grid = figure.subplots(1, len(titles), squeeze=False)[0]

@@ -23,6 +23,9 @@ SIDE_FILES = (  # what a checkpoint folder holds besides its configuration and w
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "generation_config.json", "chat_template.jinja", "tokenizer.model",
 )
+JSON_FILES = (  # those of which something is read here; of two tokens that end a text the last one counts
+    "generation_config.json", "config.json", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json",
+)
 told = set()  # folders of which it has been said that tiktoken does not serve them
 
 
@@ -52,8 +55,9 @@ class Tokenizer:
         file = self.folder / "tokenizer.json"
         if not file.is_file():
             raise InputError(f"{self.folder}: no tokenizer.json there")
+        self.side = {name: read_json(self.folder / name) for name in JSON_FILES if (self.folder / name).is_file()}
+        spec = read_json(file)
         with reading(file):
-            spec = read_json(file)
             self.raw = tokenizers.Tokenizer.from_file(str(file))
             self.raw.no_truncation(), self.raw.no_padding()
         with reading(self.folder):
@@ -86,16 +90,12 @@ class Tokenizer:
         with reading(self.folder):
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
 
-    def side_file(self, name: str) -> dict:
-        file = self.folder / name
-        return read_json(file) if file.is_file() else {}
-
     def add_declared_tokens(self) -> None:
         """Give `raw` the tokens that only the files beside tokenizer.json add, such as added_tokens.json."""
         known = {token.content for token in self.raw.get_added_tokens_decoder().values()}
         self.raw.add_tokens([t for _, t in sorted(self.hf.added_tokens_decoder.items()) if t.content not in known])
-        declared = self.side_file("tokenizer_config.json").get("added_tokens_decoder") or {}
-        ids = {token["content"]: int(i) for i, token in declared.items()} | self.side_file("added_tokens.json")
+        declared = self.side.get("tokenizer_config.json", {}).get("added_tokens_decoder") or {}
+        ids = {token["content"]: int(i) for i, token in declared.items()} | self.side.get("added_tokens.json", {})
         for token, i in ids.items():
             if (found := self.raw.token_to_id(token)) != i:
                 raise InputError(f"{self.folder}: the added token {token!r} is declared with the id {i}, but its "
@@ -104,9 +104,8 @@ class Tokenizer:
     def find_stop_ids(self) -> tuple[tuple[int, ...], int]:
         """All declared stop ids, and the one to end a written text with: the tokenizer's own, else the lowest."""
         found, own = set(), None
-        for name in ("generation_config.json", "config.json", "special_tokens_map.json", "tokenizer_config.json"):
+        for name, config in self.side.items():
             with reading(self.folder / name):
-                config = self.side_file(name)
                 ids, token = config.get("eos_token_id"), config.get("eos_token")
                 found |= {int(i) for i in (ids if isinstance(ids, list) else [] if ids is None else [ids])}
                 token = token["content"] if isinstance(token, dict) else token
@@ -190,7 +189,7 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The text of the checkpoint's default chat template."""
         file = self.folder / "chat_template.jinja"
-        found = read_text(file) if file.is_file() else self.side_file("tokenizer_config.json").get("chat_template")
+        found = read_text(file) if file.is_file() else self.side.get("tokenizer_config.json", {}).get("chat_template")
         if isinstance(found, list):  # several, by name
             found = {template["name"]: template["template"] for template in found}.get("default")
         return found or None
@@ -227,7 +226,7 @@ class Tokenizer:
             if (self.folder / name).is_file():
                 shutil.copyfile(self.folder / name, Path(folder) / name)
         if stop_ids:
-            settings = self.side_file("generation_config.json") | {"eos_token_id": list(stop_ids)}
+            settings = self.side.get("generation_config.json", {}) | {"eos_token_id": list(stop_ids)}
             (Path(folder) / "generation_config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 

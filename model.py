@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError
-from data.checkpoint import check_config, checkpoint_folder, head_dim_of, load_config, weight_files
+from data import InputError, reading
+from data.checkpoint import check_config, checkpoint_folder, head_dim_of, load_config, weight_files, write_config
 from data.ranks import full, world
 
 
@@ -241,11 +241,8 @@ class Transformer(nn.Module):
         folder, weights = checkpoint_folder(path), {}
         config = load_config(folder)
         for file in weight_files(folder):
-            try:
-                with safe_open(file, framework="pt", device=str(device)) as tensors:
-                    weights |= {name: tensors.get_tensor(name).to(dtype) for name in tensors.keys()}  # noqa: SIM118
-            except SafetensorError as error:
-                raise InputError(f"{file}: not a complete safetensors file ({error})") from None
+            with reading(file), safe_open(file, framework="pt", device=str(device)) as tensors:
+                weights |= {name: tensors.get_tensor(name).to(dtype) for name in tensors.keys()}  # noqa: SIM118
         # Some tied checkpoints store the shared matrix twice. Where the two differ, they are not tied.
         if config.tie_word_embeddings and "lm_head.weight" in weights:
             if torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"]):
@@ -290,8 +287,7 @@ class Transformer(nn.Module):
         ones by name, where the model itself is sharded."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.config.dtype = self.head.dtype
-        self.config.save_pretrained(folder)
+        write_config(self.config, folder, self.head.dtype)
         weights = weights or {name: p.detach() for name, p in self.named_parameters()}
         weights = {name: w.cpu().contiguous() for name, w in weights.items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -10,6 +12,18 @@ HERE = Path(__file__).resolve().parent
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The commands print it as one line and exit with status 2."""
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """InputError that names `path` for whatever goes wrong while it is read: a damaged file is one line. An InputError,
+    which says more, passes."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001 (panics of libraries' Rust are no Exceptions)
+        raise InputError(f"{path}: damaged, or not what it should be ({type(error).__name__}: {error})") from None
 
 
 ALSO = {"math500": "math/test", "aime24": "aime/aime24", "aime25": "aime/aime25"}  # other names of test files
@@ -39,14 +53,15 @@ def embedded_model(data: str, name: str, flag_name: str) -> str:
     return os.path.relpath(folder)
 
 
-def read_text(path: str | Path) -> str:
-    """A UTF-8 file. Raises InputError naming the file and what is wrong with it."""
+def read_text(path: str | Path, wanted: str = "") -> str:
+    """A UTF-8 file. Raises InputError naming the file and what is wrong with it; `wanted` ends the message about a file
+    of another kind."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error})") from None
+        raise InputError(f"{path}: not UTF-8 text ({error}){wanted}") from None
 
 
 def parse_object(text: str, where: str | Path) -> dict:
@@ -66,12 +81,13 @@ def read_json(path: str | Path) -> dict:
 
 
 def load_jsonl(path: str | Path, need: tuple[str, ...] = ("prompt", "answer")) -> list[dict]:
-    """Rows of a UTF-8 JSON-lines file, each an object with the string fields `need`; blank lines are skipped.
+    """Rows of a UTF-8 JSON-lines file, each an object with the string fields `need`; blank lines are skipped. An empty
+    answer is none, since no response could equal it.
 
     Raises InputError naming the file, the line and what is wrong there.
     """
-    rows = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    text, rows = read_text(path, "; a .jsonl file is wanted, and the prepare.py of a data set makes one"), []
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         row = parse_object(line, f"{path}, line {number}")
@@ -79,6 +95,8 @@ def load_jsonl(path: str | Path, need: tuple[str, ...] = ("prompt", "answer")) -
             if not isinstance(row.get(field), str):
                 found = type(row[field]).__name__ if field in row else f"only {', '.join(row) or 'nothing'}"
                 raise InputError(f'{path}, line {number}: expected a string field "{field}", found {found}')
+        if "answer" in need and not row["answer"].strip():
+            raise InputError(f'{path}, line {number}: its "answer" is empty, so no response could be right')
         rows.append(row)
     if not rows:
         raise InputError(f"{path}: no rows in it")

@@ -45,9 +45,11 @@ SPELLINGS = [
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-z])", " degrees "), (r"\\?%", " percent "),
     (r"(?<![\\a-zA-Z])(pi|sin|cos|tan|log|ln|sqrt)(?![a-zA-Z])", r"\\\1 "), (r";|\s*,?\s(?:or|and)\s", ","),
     # the same in other commands, with and without braces
-    (r"\\[dtc]frac", r"\\frac"), (r"\\frac\s*(\d|\\pi(?![a-z]))", r"\\frac{\1}"),
+    (r"\\[dtc]frac", r"\\frac"), (r"\\frac(?:\s*(\d|\\pi(?![a-z]))|\s+([a-zA-Z]))", r"\\frac{\1\2}"),
     (r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"), (r"\*\*", "^"),
     (r"√\s*(\d+)|(?:√|\\sqrt)\s*(?:\(([^()]*)\)|(\w))", r"\\sqrt{\1\2\3}"),
+    (r"\\sqrt(\[\d\])?\{(?:(\d+|[a-zA-Z])/(\d+|[a-zA-Z])|\\frac\{([^{}]+)\}\{([^{}-][^{}]*)\})\}",
+     r"\\frac{\\sqrt\1{\2\4}}{\\sqrt\1{\3\5}}"), (r"\\sqrt\{([a-zA-Z])([a-zA-Z])\}", r"\\sqrt{\1}\\sqrt{\2}"),
     (r"\^\{(\w)\}", r"^\1"), (r"\^(\d\d+)", r"^{\1}"), (r"(?<=\d)_(\d+)|_(\w)", r"_{\1\2}"),
     (r"\\(begin|end)\{[bB]?matrix\}", r"\\\1{pmatrix}"), (r"^\s*\\mathbb\{R\}\s*$", r"(-\\infty,\\infty)"),
     (r"\\lbrace", r"\\{"), (r"\\rbrace", r"\\}"), (r"\\langle", "("), (r"\\rangle", ")"),
@@ -56,15 +58,21 @@ SPELLINGS = [
 ]
 
 
-def extract_answer(text: str) -> str | None:
+def opens_thought(prompt: str) -> bool:
+    """Whether a prompt, as the model reads it, ends with the tag that opens a thought (R1's template does)."""
+    return prompt.rstrip().endswith("<think>")
+
+
+def extract_answer(text: str, opened: bool = False) -> str | None:
     """The answer a response states: the last closed \\boxed{...} (braces matched); else what follows the last `####`,
     `answer is` or `Answer:`, on its line or the next one that is not empty. Thoughts, up to the last </think>, do not
-    count, and while one has no end there is no answer.
+    count, and while one has no end there is no answer. opened: the prompt has opened one already.
 
     None when there is neither: the last number of a text is not an answer. A `####` with text below it is a heading.
     """
-    text = text.rpartition("</think>")[2].rstrip()
-    if "<think>" in text:
+    _, closed, text = text.rpartition("</think>")
+    text = text.rstrip()
+    if "<think>" in text or (opened and not closed):
         return None
     boxes = list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))
     for box in boxes[:-50:-1]:  # a text of nothing but \boxed{ must not take quadratic time
@@ -136,8 +144,9 @@ def value(s: str) -> Fraction | None:
     return None
 
 
-def is_correct(response: str, reference: str) -> bool:
-    """Whether the answer that the response states equals the reference. What is a matter of opinion:
+def is_correct(response: str, reference: str, opened: bool = False) -> bool:
+    """Whether the answer that the response states equals the reference. opened: the prompt ends within a thought. What
+    is a matter of opinion:
 
     reference   right                                      wrong
     36 cm       36, 36 cm, 36 m: the problem says which    36 million, 36 squared: other numbers
@@ -146,9 +155,9 @@ def is_correct(response: str, reference: str) -> bool:
     1, 2        2, 1; 2 or 1; \\{2, 1\\}; (1, 2)              (2, 1): round brackets keep an order
     x = 5       5, 5 = x                                   y = 5
     2n          n + n                                      2N: another letter
-    A           A, (a), A. with its text                   A or B; (A) or (C); A matter of taste
+    A           A, (a), A. or A - with its text            A or B; (A) or (C); A matter of taste; A - 5
     """
-    found = extract_answer(response)
+    found = extract_answer(response, opened)
     if found is None or len(found) > LONGEST:
         return False
     if letter := re.fullmatch(r"\(?([A-Z])\)?", normalize(reference)):
@@ -166,7 +175,8 @@ def chosen_letter(answer: str) -> str | None:
     """The option that is named and no other one; a sentence that starts with A or I names none."""
     s = re.sub(r"\\(?:text\w*|mathrm|mbox|mathbf)\s*\{([^{}]*)\}|\\left|\\right", r"\1", answer)
     hedge = r"\W*(?:or|and|but)\b|\s*[,/&]|.*(?-i:\([A-J]\)|\s[A-HJ](?:[):]|\.\s*\w)|\bor [A-J]\W*$)"
-    m = re.match(rf"(?is)[^\w-]*(?:(?:option|choice|answer)\W+)?([a-z])(?:\W*$|\s*[).:](?!\w)(?!{hedge}))", s)
+    after = r"\s*[).:](?!\w)|(?:\s-+\s+|\s*[–—]\s*)(?!(?:sin|cos|tan|log|exp)\b)(?=[a-z]{3})"  # A. text, A - text
+    m = re.match(rf"(?is)[^\w-]*(?:(?:option|choice|answer)\W+)?([a-z])(?:\W*$|(?:{after})(?!{hedge}))", s)
     return m and m[1].upper()
 
 

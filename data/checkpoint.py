@@ -1,66 +1,47 @@
-"""Which checkpoint folders and configurations are accepted."""
+"""Checkpoint folders and what stands in them beside the weights: which are accepted, which files hold the weights, and
+what a checkpoint of ours says about itself. Needs no model.
+"""
 
 import difflib
+import json
 import os
-import reprlib
 from pathlib import Path
 
-from data import HERE, InputError, read_json
+from data import HERE, InputError, read_json, reading
 
 
 def head_dim_of(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-SIZES = {  # the numbers of config.json that say how large a model is, and the largest that are accepted
-    "num_hidden_layers": 1000, "hidden_size": 2**17, "intermediate_size": 2**20, "num_attention_heads": 2**12,
-    "num_key_value_heads": 2**12, "head_dim": 2**12, "vocab_size": 2**24, "max_position_embeddings": 2**31,
-}
-
-
-def check_sizes(fields: dict) -> None:
-    """Refuse other kinds of models, and sizes that no model has: building one of 10^9 layers would take for ever."""
-    if fields.get("model_type") not in ("llama", "qwen2", "qwen3"):
-        kind = reprlib.repr(fields.get("model_type"))
-        raise InputError(f"model_type {kind} is not supported (llama, qwen2 and qwen3 are)")
-    for name, most in SIZES.items():
-        size = fields.get(name)
-        if size is not None and not (type(size) is int and 1 <= size <= most):
-            raise InputError(f"{name} must be a whole number from 1 to {most:,}, found {reprlib.repr(size)}")
-
-
 def check_config(config) -> None:
-    """Refuse by name what the code above does not do, rather than compute something else."""
-    check_sizes({name: getattr(config, name, None) for name in ("model_type", *SIZES)})
-    if head_dim_of(config) % 2 or not head_dim_of(config):
+    """Refuse by name what model.py does not compute, rather than compute something else."""
+    if config.model_type not in ("llama", "qwen2", "qwen3"):
+        raise InputError(f"model_type {config.model_type!r} is not supported (llama, qwen2 and qwen3 are)")
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise InputError(f"quantization_config: quantized weights ({method}) are not supported; give the checkpoint "
+                         "that they were made from")
+    if head_dim_of(config) % 2:
         raise InputError(f"head_dim must be even for the rotary embedding, found {head_dim_of(config)}")
     if config.num_attention_heads % config.num_key_value_heads:
         raise InputError(f"num_attention_heads {config.num_attention_heads} must be a multiple of num_key_value_heads "
                          f"{config.num_key_value_heads}")
-    if not 0 < config.rms_norm_eps < 1:
-        raise InputError(f"rms_norm_eps must lie between 0 and 1, found {config.rms_norm_eps}")
     rope = config.rope_parameters or {}
     needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
               "yarn": ("factor",)}
-    optional = ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale",
-                "mscale_all_dim")
     kind = rope.get("rope_type", "default")
-    if not isinstance(kind, str) or kind not in needed:
-        raise InputError(f"rope_type {reprlib.repr(kind)} is not supported ({', '.join(needed)} are)")
-    for key in ("rope_theta", *needed[kind], *(key for key in optional if rope.get(key) is not None)):
-        number, least = rope.get(key), 1 if key == "rope_theta" else 1e-9
-        if not (type(number) in (int, float) and least < number < 1e15):
-            raise InputError(f"rope_type {kind!r} needs a number {key!r} above {least} and below 1e15 in the "
-                             f"configuration, found {reprlib.repr(number)}")
-    if kind == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
-        raise InputError("low_freq_factor must be below high_freq_factor")
+    if kind not in needed:
+        raise InputError(f"rope_type {kind!r} is not supported ({', '.join(needed)} are)")
+    for key in ("rope_theta", *needed[kind]):
+        if not isinstance(rope.get(key), (int, float)):
+            raise InputError(f"rope_type {kind!r} needs a number {key!r} in the configuration, found {rope.get(key)!r}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError("partial_rotary_factor is not supported")
     if config.hidden_act != "silu":
         raise InputError(f"hidden_act {config.hidden_act!r} is not supported (silu is)")
-    if getattr(config, "use_sliding_window", False) or "sliding_attention" in (
-        getattr(config, "layer_types", None) or ()
-    ):
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if sliding or getattr(config, "use_sliding_window", False):
         raise InputError("sliding-window attention is not supported")
 
 
@@ -85,10 +66,8 @@ def checkpoint_folder(path: str | Path, files: tuple[str, ...] = ("*.json", "*.s
         return Path(snapshot_download(str(path), allow_patterns=list(files)))
     except (OSError, ValueError) as error:  # offline, not found, gated, disk full: the hub's own first line says which
         reason = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"{path}: not a local folder, and the hub did not give it ({reason}). Without a network, give "
-            f"the folder of a local copy{hint}"
-        ) from None
+        raise InputError(f"{path}: not a local folder, and the hub did not give it ({reason}). Without a network, give "
+                         f"the folder of a local copy{hint}") from None
 
 
 def load_config(folder: str | Path):
@@ -99,28 +78,43 @@ def load_config(folder: str | Path):
     if not file.is_file():
         raise InputError(f"{folder}: no config.json there, so it is not a checkpoint folder")
     fields = read_json(file)
-    try:
-        check_sizes(fields)  # before transformers makes a list of all layers
+    with reading(file):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        for name in fields:  # transformers would let one replace a method, such as save_pretrained
-            if callable(getattr(type(config), name, None)):
-                raise InputError(f"it has a field named {name}")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # what is not declared stays so: no defaults of
+            setattr(config, name, fields.get(name))  # transformers, whose 2 is an ordinary token elsewhere
+    try:
         check_config(config)
-        return config
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
-    except Exception as error:  # noqa: BLE001 (transformers raises whatever a field of a wrong kind leads to)
-        raise InputError(f"{file}: not a configuration ({type(error).__name__}: {error})") from None
+    if original := fields.get("original_max_position_embeddings"):
+        config.rope_parameters["original_max_position_embeddings"] = original  # which transformers prefers, too
+    return config
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file() or not index.is_file():
-        files = [single]
-    else:
-        files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
+def weight_files(folder: str | Path) -> list[Path]:
+    """The files that hold a checkpoint's weights, as transformers chooses them: model.safetensors where there is one,
+    else those that the index names. Raises InputError where one of them is missing."""
+    single, index = Path(folder) / "model.safetensors", Path(folder) / "model.safetensors.index.json"
+    names = {single.name}
+    if index.is_file() and not single.is_file():
+        with reading(index):
+            names = set(read_json(index)["weight_map"].values())
+            if not names or any(Path(name).name != name for name in names):
+                raise ValueError("expected the names of files beside it")
+    files = sorted(Path(folder) / name for name in names)
     for file in files:
         if not file.is_file():
             raise InputError(f"{folder}: no {file.name} there (weights are read from safetensors only)")
     return files
+
+
+def write_config(config, folder: str | Path, dtype) -> None:
+    """Write config.json so that all its readers understand the same: transformers 5 reads `rope_parameters` and
+    `dtype`; transformers 4 and what is built on it read `rope_theta`, `rope_scaling` and `torch_dtype`."""
+    fields = config.to_diff_dict()
+    scaling = dict(fields["rope_parameters"])
+    fields["rope_theta"] = scaling.pop("rope_theta")
+    fields["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    fields["dtype"] = fields["torch_dtype"] = str(dtype).removeprefix("torch.")
+    fields["architectures"] = fields.get("architectures") or [f"{config.model_type.capitalize()}ForCausalLM"]
+    (Path(folder) / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

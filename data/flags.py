@@ -44,7 +44,8 @@ def parse_flags(cls, doc: str, argv: list[str] | None = None):
     """An instance of the configuration dataclass `cls` from the command line: `--name value` or `--name=value`.
 
     A bool field is a switch (`--name`, or `--name on|off`). `typed` of the result holds the names given on the command
-    line. An unknown or ill-typed flag ends the program with one line and status 2, naming the nearest real flag.
+    line. A flag that is unknown, ill-typed or out of bounds ends the program with one line and status 2, naming the
+    nearest real flag.
     """
     def boolean(text: str) -> bool:
         if text.lower() not in ("true", "false", "on", "off", "1", "0"):
@@ -73,4 +74,8 @@ def parse_flags(cls, doc: str, argv: list[str] | None = None):
         stop(f"unknown flag {unknown[0].split('=')[0]}" + (f"; did you mean --{near[0]}?" if near else " (see --help)"))
     config = cls(**vars(typed))
     config.typed = set(vars(typed))
+    try:
+        check_flags(config)  # before anything is done
+    except InputError as error:
+        stop(str(error))
     return config

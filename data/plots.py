@@ -5,17 +5,19 @@ import json
 import re
 from pathlib import Path
 
-from data import InputError, read_json
-from data.run import MAY_CHANGE, damaged, read_log
+from data import InputError, read_json, reading
+from data.run import MAY_CHANGE, read_log
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#999999")  # Okabe and Ito's
 
 
 def panels(titles: list[str], x_label: str, x_scale: str = "linear"):
     """A figure with a panel for each title, side by side, and the panels; three are 1,560 pixels wide."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
+    rcParams["text.parse_math"] = False  # a "$" in a path is no mathematics
     figure = Figure((4 * len(titles) if len(titles) > 1 else 9, 3.6), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1)
     grid = figure.subplots(1, len(titles), squeeze=False)[0]
@@ -120,7 +122,7 @@ def read_run(folder: Path) -> dict:
     if not (folder / "log.jsonl").is_file():
         raise InputError(f"{folder}: no log.jsonl there, so it is no run's folder")
     points, spent = [], {"flop": 0.0, "tokens": 0, "seconds": 0.0}
-    with damaged(folder / "log.jsonl"):
+    with reading(folder / "log.jsonl"):
         for r in read_log(folder / "log.jsonl"):
             if "loss" in r:
                 spent = {"flop": spent["flop"] + r["flop_sample"] + r["flop_teacher"] + r["flop_student"],

@@ -6,7 +6,6 @@ The layers that are left keep their weights, so the result speaks, but badly; di
 """
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
@@ -16,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import InputError, read_json, stop
+from data import InputError, stop
+from data.checkpoint import load_config, weight_files, write_config
 from data.tokenizer import Tokenizer
 
 
@@ -24,27 +24,27 @@ def prune(source: str, out: str, drop: set[int]) -> int:
     """Write the checkpoint folder `source` without the layers `drop` (numbered from 0) to `out`, in bfloat16. Returns
     the number of layers left."""
     folder, target = Path(source), Path(out)
-    config, tokenizer = read_json(folder / "config.json"), Tokenizer(folder)
-    layers = config["num_hidden_layers"]
+    config, tokenizer = load_config(folder), Tokenizer(folder)
+    layers = config.num_hidden_layers
     if not drop < set(range(layers)):
         raise InputError(f"--drop: expected some of the layers 0 to {layers - 1}, found {sorted(drop)}")
     if target.exists():
         raise InputError(f"{out} exists already")
     kept = [layer for layer in range(layers) if layer not in drop]
     place, weights = {layer: i for i, layer in enumerate(kept)}, {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         for name, tensor in load_file(file).items():
             layer = re.match(r"model\.layers\.(\d+)\.", name)
             if layer is None or int(layer[1]) in place:
                 name = f"model.layers.{place[int(layer[1])]}.{name[layer.end():]}" if layer else name
                 weights[name] = tensor.to(torch.bfloat16)
-    config |= {"num_hidden_layers": len(kept), "dtype": "bfloat16"}
-    if config.get("layer_types"):
-        config["layer_types"] = [config["layer_types"][layer] for layer in kept]
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in kept]
     target.mkdir(parents=True)
     tokenizer.save(target)
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_config(config, target, torch.bfloat16)
     return len(kept)
 
 

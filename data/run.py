@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from data import InputError, parse_object, read_json
+from data import InputError, parse_object, read_json, reading
 from data.ranks import collect, gather, like, rank
 
 try:
@@ -63,21 +63,11 @@ def restore_flags(config) -> Path:
 
 def read_state(folder: Path) -> dict:
     """A checkpoint's state.json."""
-    with damaged(folder / "state.json"):
+    with reading(folder / "state.json"):
         state = read_json(folder / "state.json")
         if folder.name != f"step_{state['step']:06d}":
-            raise KeyError("step")
+            raise ValueError(f"its step is {state['step']}")
         return {key: state[key] for key in ("step", "adaptive", "inputs", "config")}
-
-
-@contextmanager
-def damaged(file: Path):
-    """One line that names a file of a run, whatever turns out to be wrong with it."""
-    try:
-        yield
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{file}: damaged, or not written by a run ({error}). If it is a checkpoint's, delete its "
-                         "folder to resume from the one before") from None
 
 
 @contextmanager
@@ -195,7 +185,7 @@ class Run:
                     remove(path)
             elif self.log.is_file():  # records after the checkpoint will be written again; a torn last line goes
                 temporary = self.log.with_name("log.jsonl.incomplete")
-                with damaged(self.log):
+                with reading(self.log):
                     kept = [r for r in read_log(self.log) if r["step"] <= self.step]
                 temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
                 os.replace(temporary, self.log)
@@ -268,7 +258,7 @@ class Run:
                 raise InputError(f"--resume of {self.out}: the {name} has changed since the run began, so it would not "
                                  "be the same run: put it back, or start another run")
         self.step, self.adaptive = before["step"], before["adaptive"]
-        with damaged(file):
+        with reading(file):
             moments = load_file(file)
             for name, p in self.student.named_parameters():
                 state = {key: moments[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq")}

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data import InputError
-from data.answers import Verifier, extract_answer, is_correct, is_mathematics, normalize
+from data.answers import Verifier, extract_answer, is_correct, is_mathematics, normalize, opens_thought
 from tests.answer_pairs import pairs
 
 FORMS = ("So it is $\\boxed{%s}$.", "The final answer is %s", "The work.\n#### %s")
@@ -47,6 +47,24 @@ def test_extract_answer(text, found):
     assert extract_answer(text) == found
 
 
+@pytest.mark.parametrize("response, found", [
+    (r"\boxed{3}. But wait ...", None), ("so\n#### 9", None), ("The answer is 7", None),
+    (r"\boxed{3}</think> The answer is 4", "4"), ("a</think>b</think>\n#### 9", "9"), ("hm</think> well", None),
+    (r"\boxed{3}</think>\boxed{4}<think>", None),
+])
+def test_a_thought_that_the_prompt_opened_counts_as_little(response, found):
+    assert extract_answer(response, opened=True) == found
+    assert is_correct(response, "3", opened=True) is False and not found or is_correct(response, found, opened=True)
+
+
+@pytest.mark.parametrize("prompt, opened", [
+    ("<|User|>2+2?<|Assistant|><think>\n", True), ("Q: what is <think>? A:<think>", True), ("", False),
+    ("Q: what is <think>? A:", False), ("<think>\n\n</think>\n\n", False),
+])
+def test_whether_a_prompt_opens_a_thought(prompt, opened):
+    assert opens_thought(prompt) is opened
+
+
 @pytest.mark.parametrize("reference, right, wrong", [
     ("36\\text{ cm}", ["36", "36 cm", "36 m", "36\\text{ cm}"], ["36 million", "36 squared", "36 dozen", "37 cm"]),
     ("36\\text{ cm}^2", ["36", "36 cm^2", "36\\mathrm{cm}^{2}"], ["36\\text{ cm}^3"]),
@@ -58,7 +76,16 @@ def test_extract_answer(text, found):
     ("x = 5", ["5", "5 = x", "x=2+3=5"], ["y = 5", "x = 6"]),
     ("2n", ["n + n", "n2"], ["2N", "2m"]),
     ("A", ["A", "(a)", "A. with its text", "\\text{(A)}"], ["A or B", "(A) or (C)", "A matter of taste", "AB"]),
-    ("I", ["I", "(I) the ninth"], ["I do not know", "i.e. nothing"]),
+    ("I", ["I", "(I) the ninth", "I - the ninth"], ["I do not know", "i.e. nothing", "I - am not"]),
+    ("E", ["E - text", "E – Edinburgh", "E—the fifth", "\\text{E - both}"],
+     ["E - 5", "E - m", "E - mc^2", "E - or D", "E - sin x", "E-text", "E - A", "E - text (A)", "D - E"]),
+    ("\\sqrt{1/n}", ["\\frac{1}{\\sqrt{n}}", "\\sqrt{\\frac1n}", "n^{-1/2}", "\\frac{\\sqrt n}{n}", "1/\\sqrt n"],
+     ["1/n", "\\sqrt{n}", "-\\frac{1}{\\sqrt{n}}", "\\frac{1}{\\sqrt{m}}", "\\sqrt{1/N}"]),
+    ("\\frac{\\sqrt{x}}{\\sqrt{y}}", ["\\sqrt{x/y}", "\\sqrt{\\frac{x}{y}}", "\\frac{\\sqrt{xy}}{y}"],
+     ["\\sqrt{y/x}", "\\frac{x}{y}"]),
+    ("2\\pi\\sqrt{\\frac lg}", ["2\\pi\\sqrt{l/g}", "\\frac{2\\pi\\sqrt{l}}{\\sqrt{g}}"], ["2\\pi\\sqrt{g/l}"]),
+    ("\\frac{1}{\\sqrt[3]{n}}", ["\\sqrt[3]{1/n}", "n^{-1/3}"], ["\\sqrt{1/n}"]),
+    ("x", ["x"], ["\\sqrt{x^2}", "|x|"]), ("-\\frac{i}{2}", [], ["\\sqrt{\\frac{1}{-4}}"]),
     ("\\frac{1}{2^{98}}", ["2^{-98}"], ["\\frac{2}{2^{98}}"]),  # small numbers are not zero
     ("(6,235^\\circ)", ["(6, 235^\\circ)", "(6,235)"], ["(6235)", "6235"]),
     ("0.56 = 56\\%", ["0.56 = 56\\%"], ["8.56 = 56\\%"]),

@@ -1,5 +1,6 @@
 """Tokenizers against transformers', the embedded tasks against independent solutions, and files that cannot be used."""
 
+import gzip
 import itertools
 import json
 import random
@@ -12,12 +13,12 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from data import HERE, InputError, load_jsonl
+from data import HERE, InputError, load_jsonl, resolve
 from data.answers import is_correct
+from data.bpe import byte_alphabet
 from data.chains import other_stop, prepare
 from data.search import prepare as search
-from data.tokenizer import Tokenizer, as_trained, byte_alphabet, check_same
-from data.walk import prepare as walk
+from data.tokenizer import Tokenizer, as_trained, check_same
 from model import Transformer
 from sample import Config
 from tests.reference import solve
@@ -188,14 +189,14 @@ def test_a_checkpoint_is_prompted_as_it_was_trained(tmp_path, capsys):
     assert config.thinking == "off"
 
 
-def test_a_tokenizer_of_another_kind_is_served_by_transformers(tmp_path, capsys):
+def test_a_tokenizer_of_another_kind_is_served_by_tokenizers(tmp_path, capsys):
     pieces = [("<unk>", 0.0), ("▁", -1.0), ("▁Dan", -2.0), ("a", -3.0), ("n", -3.0)]
     other = RawTokenizer(models.Unigram(pieces, unk_id=0))
     other.pre_tokenizer, other.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     other.add_special_tokens(["</s>"])
     PreTrainedTokenizerFast(tokenizer_object=other, eos_token="</s>").save_pretrained(tmp_path)
     tokenizer, reference = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    assert "transformers encodes" in capsys.readouterr().out
+    assert "no byte-level BPE" in capsys.readouterr().out
     ids = tokenizer.encode("Dan an</s>")
     assert ids == reference.encode("Dan an</s>", add_special_tokens=False, split_special_tokens=True)
     assert tokenizer.decode(tokenizer.encode("Dan an")) == "Dan an" and tokenizer.stop_ids == (5,)
@@ -214,7 +215,7 @@ def test_different_tokenizers_are_refused_by_the_first_id(folder):
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     for text, message in ((None, "no tokenizer.json there"), ("{]", "not JSON"),
-                          ('{"model": {}}', "not a tokenizer this can read")):
+                          ('{"model": {}}', "tokenizer.json: damaged, or not")):
         if text:
             (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(InputError, match=message):
@@ -254,58 +255,6 @@ def test_worse_ways_to_answer_are_mostly_wrong_and_the_responses_are_long():
     for mix, low, high in (((0, 1, 0), 0.3, 0.6), ((0, 0, 1), 0.05, 0.3)):
         rows = prepare.make_rows(500, "a", test=False, mix=mix)
         assert low < sum(is_correct(r["solution"], r["answer"]) for r in rows) / 500 < high
-
-
-def follow(prompt: str) -> list[str]:
-    """The lines of a walk, from the prompt's text alone."""
-    *rules, start = prompt.strip().split("\n")
-    rules = dict(line.split("=") for line in rules)
-    name, rest = start.rstrip("?").split("=")
-    value, limit = map(int, rest.split())
-    lines = []
-    while value < limit:
-        after = value + int(rules[name][3:])
-        lines.append(f"{name}={rules[name]}={value}{rules[name][3:]}={after}")
-        name, value = rules[name][:3], after
-    return [*lines, f"#### {value}"]
-
-
-def test_a_walk_is_what_its_prompt_says():
-    rows = walk.make_rows(300, "x", False, (1.0, 0.0, 0.0), slip=0.0)
-    for row in rows:
-        assert row["solution"].split("\n") == follow(row["prompt"]) and is_correct(row["solution"], row["answer"])
-    lines = [len(follow(row["prompt"])) - 1 for row in rows]
-    assert {4, 24} <= set(lines) <= set(range(4, 25)) and 12 < sum(lines) / 300 < 16
-    assert rows[:20] == walk.make_rows(20, "x", False, (1.0, 0.0, 0.0), slip=0.0)
-
-    def arithmetic(row: dict) -> tuple:
-        lines = follow(row["prompt"])[:-1]
-        return row["prompt"].split()[-1], lines[0].split("=")[2][:-2], *(line.split("=")[1][3:] for line in lines)
-
-    test = walk.make_rows(300, "x", True, (1.0, 0.0, 0.0), slip=0.0)
-    more = walk.make_rows(4000, "y", False, (1.0, 0.0, 0.0), slip=0.0)  # short walks come again under other names
-    assert not set(map(arithmetic, more)) & set(map(arithmetic, test)) and len(set(map(arithmetic, more))) < 4000
-
-
-def test_a_careful_walker_mends_every_slip_and_the_others_none():
-    def wrong(line: str) -> bool:
-        total, result = line.split("=")[-2:]
-        at = max(total.rfind("+"), total.rfind("-"))
-        return int(total[:at]) + int(total[at:]) != int(result)
-
-    careful, slips = walk.make_rows(300, "y", False, (1.0, 0.0, 0.0), slip=0.1), 0
-    for row in careful:
-        lines = row["solution"].split("\n")
-        for line, after in itertools.pairwise(lines[:-1]):
-            if wrong(line):
-                slips += 1
-                assert line.rsplit("=", 1)[0] == after.rsplit("=", 1)[0] and not wrong(after)
-        assert not wrong(lines[-2]) and is_correct(row["solution"], row["answer"])
-    assert 0.06 < slips / sum(len(follow(r["prompt"])) for r in careful) < 0.12
-    hasty = walk.make_rows(300, "y", False, (0.0, 0.0, 1.0))
-    first = [r["solution"].split("\n")[0] for r in hasty]
-    assert all(wrong(line) for line in first if line.split("=")[1][3] == "-" and not line.endswith("=0"))
-    assert sum(is_correct(r["solution"], r["answer"]) for r in hasty) < 100
 
 
 @pytest.mark.parametrize("split, count", [("train", 4000), ("test", 500)])
@@ -349,6 +298,8 @@ def test_the_student_with_another_stop_is_the_same_but_for_that(tmp_path):
     ('{"prompt": "a"', "line 2: not JSON"), ("[1]", "line 2: expected an object, found list"),
     ('{"prompt": "a"}', 'line 2: expected a string field "answer", found only prompt'),
     ('{"prompt": "a", "answer": 3}', 'line 2: expected a string field "answer", found int'),
+    ('{"prompt": "a", "answer": " "}', 'line 2: its "answer" is empty'), ('{"answer": ""}', 'field "prompt"'),
+    ('{"prompt": "a", "answer": null}', 'field "answer", found NoneType'),
     (b"\xff\xfe", "not UTF-8 text"), ("", ""),
 ])
 def test_malformed_files_are_named(tmp_path, line, message):
@@ -359,3 +310,18 @@ def test_malformed_files_are_named(tmp_path, line, message):
         (tmp_path / "x.jsonl").write_text("\n")
     with pytest.raises(InputError, match=message or "no rows"):
         load_jsonl(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("name, content", [
+    ("x.jsonl.gz", gzip.compress(b'{"prompt": "a", "answer": "b"}')), ("x.parquet", b"PAR1\x15\xd0\xffPAR1"),
+    ("x.zst", b"\x28\xb5\x2f\xfd\x04\x00"),
+])
+def test_a_data_set_of_another_format_is_told_what_is_wanted(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name}: not UTF-8 text .*a .jsonl file is wanted, and the prepare.py"):
+        load_jsonl(resolve(str(tmp_path / name), "train"))
+
+
+def test_a_row_without_an_answer_is_fine_where_none_is_needed(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"prompt": "a", "answer": ""}\n')
+    assert load_jsonl(tmp_path / "x.jsonl", need=("prompt",)) == [{"prompt": "a", "answer": ""}]

@@ -184,3 +184,17 @@ def test_the_command_line_says_what_is_wrong(flags, message, monkeypatch, capsys
         command(monkeypatch, *flags.split())
     said = capsys.readouterr().err
     assert ended.value.code == 2 and message in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["my $HOME/run", "a$\\frac{$b", "$x_{1$", "_run", "100% ~ {a}"])
+def test_a_name_is_drawn_as_it_is(name, tmp_path):
+    keys = ("kl", "agree", "student_entropy", "teacher_entropy")
+    curve = {"position": [1, 2, 4], **{key: [0.5, 0.2, 0.1] for key in keys},
+             **{f"{key}_half_width": [0.1, 0.1, 0.05] for key in keys}}
+    for curves in ({name: curve}, {f"{name}{i}": curve for i in range(7)}):  # beside the lines, and in a legend
+        figure = plots.draw_positions({"data": name}, curves)
+        figure.savefig(tmp_path / "p.png")
+        texts = [t.get_text() for axes in figure.axes for t in axes.texts]
+        texts += [t.get_text() for legend in figure.legends for t in legend.get_texts()]
+        assert {line.split("/")[-1] for line in texts} == {line.split("/")[-1] for line in curves}
+        assert name in figure.get_suptitle()

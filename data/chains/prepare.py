@@ -38,7 +38,12 @@ import argparse
 import hashlib
 import json
 import random
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from data.embedded import write_jsonl, write_pair
 
 HERE = Path(__file__).resolve().parent
 NAMES = [
@@ -169,60 +174,18 @@ def make_rows(
     return rows
 
 
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8", newline="\n")
-    print(f"{path.name}: {len(rows):,} rows, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}")
-
-
-def train_tokenizer(rows: list[dict]) -> None:
+def train_tokenizer(rows: list[dict], folder: Path = HERE) -> None:
     """A byte-level BPE with a split pattern close to Llama 3's, in which a sign goes with the word or number after it:
-    `Dan` (a line's own name), `=Dan` (a mention of it), `-8` and `=14` are one token each. Any other text has an
-    encoding too."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
-
+    `Dan` (a line's own name), `=Dan` (a mention of it), `-8` and `=14` are one token each."""
     pattern = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|[^\r\n\p{L}\p{N}]?\p{N}{1,2}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000,  # the text has far fewer merges to offer than that
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        show_progress=False,
     )
     # Every name in every role and every number at least once, so that the vocabulary does not hang on chance.
     every = [f"{n}={m}+1=2\n{n}?\n" for n in NAMES for m in NAMES] + [
         f"{i}={i} {i}+{i % 10}-{i % 10}" for i in range(100)
     ]
-    tokenizer.train_from_iterator(every * 3 + [r["prompt"] + r["solution"] for r in rows], trainer)
-    vocab_size = 64 * -(-tokenizer.get_vocab_size() // 64)  # padded, as real checkpoints are
-    print(f"tokenizer: {tokenizer.get_vocab_size()} tokens, padded to {vocab_size}")
-    stop = tokenizer.token_to_id("<|im_end|>")
-    pad = tokenizer.token_to_id("<|endoftext|>")
-    for folder, width in (("teacher", 128), ("student", 96)):
-        wrapped = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=2048
-        )
-        wrapped.save_pretrained(HERE / folder)
-        file = HERE / folder / "tokenizer_config.json"
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that older versions of transformers know too
-        file.write_text(json.dumps(settings, indent=2), encoding="utf-8", newline="\n")
-        Qwen3Config(
-            vocab_size=vocab_size, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=8192,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=True,
-            bos_token_id=None, eos_token_id=stop, pad_token_id=pad, architectures=["Qwen3ForCausalLM"], dtype="float32",
-        ).save_pretrained(HERE / folder)
-        GenerationConfig(eos_token_id=stop, pad_token_id=pad).save_pretrained(HERE / folder)
+    write_pair(folder, pattern, every * 3 + [r["prompt"] + r["solution"] for r in rows], rope_theta=10000.0)
 
 
 def draw_curves(folders: list[Path]) -> None:

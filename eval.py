@@ -30,14 +30,14 @@ import torch
 from torch import Tensor
 
 from data import InputError, embedded_model, load_jsonl, plots, read_json, resolve, run_command, stop
-from data.answers import Verifier, extract_answer, is_correct
+from data.answers import Verifier, extract_answer, is_correct, opens_thought
 from data.checkpoint import checkpoint_folder, load_config
-from data.flags import check_flags, flag, parse_flags
+from data.flags import flag, parse_flags
 from data.ranks import gather, join, rank, world
 from data.run import fingerprint, read_log
 from data.tokenizer import Tokenizer, as_trained, check_same
 from loss import distill_loss
-from model import Transformer, choose_device
+from model import Transformer, choose_device, load_teacher
 from sample import Rollout, fit_cap, generate, shorten
 
 # --- a pair of models
@@ -71,7 +71,7 @@ def load_tokenizers(
             switch = thinking if "enable_thinking" in (teachers.chat_template() or "") else ""
             teachers = Tokenizer(folder, chat, system, switch)
         check_same(ours, teachers)
-        vocab = min(vocab, teachers.vocab_size, load_config(folder).vocab_size)
+        vocab = min(vocab, teachers.vocab_size, load_config(folder, any_family=True).get_text_config().vocab_size)
         stop_ids |= {*teachers.stop_ids}
     return ours, teachers, vocab, tuple(sorted(i for i in stop_ids if i < vocab))
 
@@ -161,10 +161,11 @@ def evaluate(
         new = []
         for n, (i, k) in enumerate(part):
             text, answer = tokenizer.decode(rollout.text_ids(n)), rows[i].get("answer")
+            opened = opens_thought(tokenizer.decode(rows[i]["prompt_ids"]))
             new.append({
                 "problem": i, "sample": k, "prompt": rows[i]["prompt"], "answer": answer, "response": text,
-                "ids": rollout.response(n), "extracted": extract_answer(text),
-                "correct": isinstance(answer, str) and is_correct(text, answer),
+                "ids": rollout.response(n), "extracted": extract_answer(text, opened),
+                "correct": isinstance(answer, str) and is_correct(text, answer, opened),
                 "finished": bool(rollout.finished[n]), "tokens": int(rollout.lens[n]),
             })
         mine += new
@@ -344,7 +345,6 @@ class Config:
 
 def load_models(config: Config, teacher: str = "", need: tuple[str, ...] = ("prompt",)):
     """(models of --model by path, the teacher, tokenizer, stop ids, rows of --data with their prompt_ids)"""
-    check_flags(config)
     paths = (config.model or embedded_model(config.data, "student", "model")).split(",")
     folders, device = [checkpoint_folder(path) for path in paths], choose_device(config.device)
     as_trained(config, folders[-1])
@@ -355,7 +355,7 @@ def load_models(config: Config, teacher: str = "", need: tuple[str, ...] = ("pro
             stop_tokens=config.stop_tokens)
     encode_prompts(rows, tokenizer, "--data", config.teacher_prompt if teacher else "", teachers)
     models = {path: Transformer.for_reading(path, device, vocab) for path in paths}
-    teacher = Transformer.for_reading(teacher, device, vocab) if teacher else None
+    teacher = load_teacher(teacher, device, vocab) if teacher else None
     for model in filter(None, (*models.values(), teacher)):
         prompts = [row["teacher_ids" if model is teacher else "prompt_ids"] for row in rows]
         fit_cap(config, "max_new_tokens", prompts, model.config.max_position_embeddings)
@@ -486,7 +486,8 @@ def teacher_prefix(config: Config) -> dict:
             rest = sample_responses(student, [prompts[i] + texts[i][:k] for i in open_rows], config, stop_ids, given=k)
         for n, i in enumerate(open_rows):
             texts[i] = texts[i][:k] + rest.text_ids(n)
-        right = sum(is_correct(tokenizer.decode(text), row["answer"]) for text, row in zip(texts, rows))
+        right = sum(is_correct(tokenizer.decode(text), row["answer"], opens_thought(tokenizer.decode(prompt)))
+                    for text, row, prompt in zip(texts, rows, prompts))
         low, high = wilson(right, len(rows))
         point = {"k": k, "accuracy": right / len(rows), "low": low, "high": high,
                  "given_whole": 1 - len(open_rows) / len(rows)}

@@ -27,7 +27,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data import InputError, reading
-from data.checkpoint import check_config, checkpoint_folder, head_dim_of, load_config, weight_files, write_config
+from data.checkpoint import (
+    FAMILIES,
+    check_config,
+    checkpoint_folder,
+    head_dim_of,
+    load_config,
+    weight_files,
+    write_config,
+)
 from data.ranks import full, world
 
 
@@ -293,6 +301,49 @@ class Transformer(nn.Module):
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+# --- a teacher of another family
+
+
+class OtherFamily(nn.Module):
+    """A teacher that the code above does not know, as transformers builds it. It scores whole sequences, which takes
+    its last hidden states and its head, and does not sample.
+
+    Raises InputError where its logits are not head times hidden state, because it scales or caps them.
+    """
+
+    def __init__(self, path: str, device: torch.device, vocab: int, dtype: torch.dtype):
+        super().__init__()
+        from transformers import AutoModelForCausalLM
+
+        folder = checkpoint_folder(path)
+        weight_files(folder)  # safetensors, or refused
+        with reading(folder):
+            whole = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False).to(device).requires_grad_(False)
+        self.body, self.head, self.vocab = whole.base_model, whole.get_output_embeddings().weight, vocab
+        self.config = whole.config.get_text_config()
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
+            if getattr(self.config, name, None) not in (None, 1, 1.0):
+                raise InputError(f"--teacher {path}: its {name} changes its logits, which is not supported")
+        tokens = torch.arange(8, device=device)[None]
+        expected, found = whole(tokens).logits.float(), (self(tokens) @ self.head.T).float()
+        if not (found - expected).norm() < 0.01 * expected.norm():
+            raise InputError(f"--teacher {path}: the logits of a {self.config.model_type} model are not its head times "
+                             "its last hidden state, which is not supported")
+
+    device, logits = Transformer.device, Transformer.logits  # of `head` and `vocab`, as there
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, H), as Transformer.forward."""
+        return self.body(input_ids=tokens, use_cache=False).last_hidden_state
+
+
+def load_teacher(path: str, device: torch.device, vocab: int, dtype: torch.dtype | None = None) -> nn.Module:
+    if load_config(checkpoint_folder(path), any_family=True).model_type in FAMILIES:
+        return Transformer.for_reading(path, device, vocab, dtype)
+    return OtherFamily(path, device, vocab, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32))
+
+
 # --- a model that is too large for one device
 
 
@@ -308,6 +359,8 @@ def shard(model: Transformer, group: int, dtype: torch.dtype) -> Transformer:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+    if not isinstance(model, Transformer):
+        raise InputError(f"--shard_teacher: a {model.config.model_type} teacher cannot be split")
     mesh = init_device_mesh(model.device.type, (world() // group, group), mesh_dim_names=("replicate", "shard"))
     half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     options = {"mesh": mesh, "mp_policy": half if dtype.itemsize < 4 else MixedPrecisionPolicy()}
@@ -331,16 +384,43 @@ def count_flops(config, read: Tensor, heads: float) -> float:
     read (B,): tokens that each row feeds through the model; token t attends to t positions, so a row of T makes
     T(T+1)/2 pairs, of 4 FLOP per layer and feature. heads: positions whose logits are computed.
     """
-    H, layers, read = config.hidden_size, config.num_hidden_layers, read.double()
-    q_size, kv_size = (n * head_dim_of(config) for n in (config.num_attention_heads, config.num_key_value_heads))
-    weights = layers * (2 * H * q_size + 2 * H * kv_size + 3 * H * config.intermediate_size)
+    H, layers, q_size = config.hidden_size, config.num_hidden_layers, config.num_attention_heads * head_dim_of(config)
+    if config.model_type in FAMILIES:
+        kv_size = config.num_key_value_heads * head_dim_of(config)
+        weights = layers * (2 * H * q_size + 2 * H * kv_size + 3 * H * config.intermediate_size)
+    else:
+        weights = weights_per_token(config)
+    read = read.double()
     pairs = (read * (read + 1) / 2).sum().item()
     return 2 * weights * read.sum().item() + 4 * layers * q_size * pairs + 2 * H * config.vocab_size * heads
 
 
-def count_parameters(config) -> int:
+def shapes_of(config) -> dict[str, torch.Size]:
+    """Shapes of the parameters of a model of any family, by name."""
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
-        return sum(p.numel() for p in Transformer(config).parameters())
+        model = Transformer(config) if config.model_type in FAMILIES else AutoModelForCausalLM.from_config(config)
+    return {name: p.shape for name, p in model.named_parameters()}
+
+
+def count_parameters(config) -> int:
+    return sum(shape.numel() for shape in shapes_of(config).values())
+
+
+def weights_per_token(config) -> float:
+    """Of another family: numbers in the matrices of its layers; of experts the share that a token is sent to."""
+    if not hasattr(config, "weights_per_token"):  # building a large model takes a while, even without its numbers
+        counts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+        experts = next(filter(None, counts), None)
+        share = config.num_experts_per_tok / experts if experts else 1.0
+        config.weights_per_token = sum(
+            shape.numel() * (share if ".experts." in name else 1)
+            for name, shape in shapes_of(config).items() if len(shape) > 1 and ".layers." in name)
+    return config.weights_per_token
+
+
+# --- the device
 
 
 def choose_device(name: str) -> torch.device:

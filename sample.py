@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data import InputError, embedded_model, load_jsonl, resolve, run_command
 from data.checkpoint import checkpoint_folder, head_dim_of
-from data.flags import check_flags, flag, parse_flags
+from data.flags import flag, parse_flags
 from data.tokenizer import Tokenizer, as_trained
 from model import Transformer, causal, choose_device, count_flops
 
@@ -214,8 +214,8 @@ def generate(
     count, going = torch.zeros_like(prompt_len), torch.arange(N + 1, device=device) < N
     ids = torch.zeros(N + 1, cap + 1, dtype=torch.long, device=device)
     noise = torch.zeros(N + 1, cap + 1, dtype=torch.float64, device=device)
-    for row, seed in enumerate(seeds):
-        noise[row] = torch.rand(cap + 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise[:N] = torch.stack([torch.rand(cap + 1, generator=g, dtype=torch.float64) for g in generators])
     held, waiting, started = [N] * slots, deque(range(N)), {}  # held[slot]: its row; started[row]: step it came at
     step = look = 0
 
@@ -303,6 +303,9 @@ def next_tokens(
 
 
 def check_arguments(model: Transformer, prompts: list[list[int]], cap: int, seeds: list[int]) -> None:
+    if not isinstance(model, Transformer):
+        raise InputError(f"a {model.config.model_type} teacher scores, and does not sample: no --mix, no --rollout "
+                         "teacher, no teacher_prefix")
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token")
     if cap < 1:
@@ -341,7 +344,6 @@ class Config:
 
 
 def main(config: Config) -> None:
-    check_flags(config)
     answer = None
     if config.model:
         as_trained(config, checkpoint_folder(config.model))

@@ -36,9 +36,10 @@ from data.checkpoint import checkpoint_folder, head_dim_of, load_config
 from data.flags import check_flags, flag, parse_flags
 from data.ranks import add_up, full, gather, join, rank, world
 from data.run import Run, claim, fingerprint, restore_flags
+from data.tokenizer import check_rendering
 from eval import Pair, by_position, encode_prompts, evaluate, load_tokenizers, preflight, score
 from loss import CHUNK_ROWS, LOSSES, distill_loss
-from model import Transformer, choose_device, count_flops, count_parameters, shard
+from model import Transformer, choose_device, count_flops, count_parameters, load_teacher, shard
 from sample import MAX_SLOTS, Rollout, fit_cap, generate, shorten
 
 
@@ -185,7 +186,7 @@ def load_pair(config: Config, resume_from: Path | None) -> Pair:
     teacher = None
     if config.teacher:
         there = choose_device(config.teacher_device) if config.teacher_device else device
-        teacher = Transformer.for_reading(config.teacher, there, vocab, dtype)
+        teacher = load_teacher(config.teacher, there, vocab, dtype)
         teacher = shard(teacher, config.shard, dtype) if config.shard_teacher else teacher
     if resume_from is None and config.init == "random":
         student = Transformer(load_config(folder)).initialize(config.seed).to(device)
@@ -214,6 +215,8 @@ def prepare_prompts(config: Config, rows: list[dict], test: list[dict], pair: Pa
     """Add the ids of prompts (and solutions) to the rows; both models must have room for what will be written."""
     for some, where in ((rows, "--data"), (test, "--eval_data" if config.eval_data else "--data")):
         encode_prompts(some, pair.tokenizer, where, config.teacher_prompt, pair.teacher_tokenizer)
+    for tokenizer in filter(None, (pair.tokenizer, pair.teacher_tokenizer)):
+        check_rendering(tokenizer, [row["prompt"] for row in rows[:8]])
     for row in rows if config.rollout == "data" else ():
         row["solution_ids"] = pair.tokenizer.encode(row["solution"])
     for model in filter(None, (pair.student, pair.teacher)):
@@ -382,6 +385,7 @@ def distill(config: Config, resume_from: Path | None) -> None:
     autocast = {"device_type": device.type, "dtype": pair.dtype,
                 "enabled": pair.dtype.itemsize < 4 and config.shard == 1}  # --shard casts by itself
     inputs = {"file of --data": zlib.crc32(resolve(config.data, "train").read_bytes())}
+    inputs["surroundings of prompts"] = pair.tokenizer.surroundings()
     if teacher is not None:
         inputs["teacher's weights"] = fingerprint(checkpoint_folder(config.teacher))
     run = Run(config, pair, optimizer, resume_from, inputs)
@@ -604,7 +608,7 @@ def plan(config: Config) -> dict[str, float]:
     prompt_t = 512 if config.teacher_prompt else prompt
     on_gpu = (config.device or choose_device("").type).startswith("cuda")  # which need not be here
     size = 2 if (config.dtype or ("bfloat16" if on_gpu else "float32")) == "bfloat16" else 4
-    s, t = (load_config(checkpoint_folder(name, ("config.json",))) if name else None
+    s, t = (load_config(checkpoint_folder(name, ("config.json",)), any_family=name == config.teacher) if name else None
             for name in (config.student, config.teacher))
     P, P_t = count_parameters(s), count_parameters(t) if t is not None else 0
     V, H, layers, rows = s.vocab_size, s.hidden_size, s.num_hidden_layers, math.ceil(config.batch_size / config.world)

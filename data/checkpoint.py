@@ -14,14 +14,14 @@ def head_dim_of(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+FAMILIES = ("llama", "qwen2", "qwen3")  # those that model.py computes
+
+
 def check_config(config) -> None:
     """Refuse by name what model.py does not compute, rather than compute something else."""
-    if config.model_type not in ("llama", "qwen2", "qwen3"):
-        raise InputError(f"model_type {config.model_type!r} is not supported (llama, qwen2 and qwen3 are)")
-    if quantization := getattr(config, "quantization_config", None):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise InputError(f"quantization_config: quantized weights ({method}) are not supported; give the checkpoint "
-                         "that they were made from")
+    if config.model_type not in FAMILIES:
+        raise InputError(f"model_type {config.model_type!r} is not supported ({', '.join(FAMILIES)} are), but for a "
+                         "teacher that only scores")
     if head_dim_of(config) % 2:
         raise InputError(f"head_dim must be even for the rotary embedding, found {head_dim_of(config)}")
     if config.num_attention_heads % config.num_key_value_heads:
@@ -70,8 +70,9 @@ def checkpoint_folder(path: str | Path, files: tuple[str, ...] = ("*.json", "*.s
                          f"the folder of a local copy{hint}") from None
 
 
-def load_config(folder: str | Path):
-    """The transformers configuration of a checkpoint folder. Raises InputError naming config.json and what is wrong."""
+def load_config(folder: str | Path, any_family: bool = False):
+    """The transformers configuration of a checkpoint folder. any_family: also of one that model.py does not compute, for
+    a teacher. Raises InputError naming config.json and what is wrong."""
     from transformers import AutoConfig
 
     file = Path(folder) / "config.json"
@@ -82,10 +83,15 @@ def load_config(folder: str | Path):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # what is not declared stays so: no defaults of
             setattr(config, name, fields.get(name))  # transformers, whose 2 is an ordinary token elsewhere
-    try:
-        check_config(config)
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from None
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise InputError(f"{file}: quantization_config: quantized weights ({method}) are not supported; give the "
+                         "checkpoint that they were made from")
+    if config.model_type in FAMILIES or not any_family:
+        try:
+            check_config(config)
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from None
     if original := fields.get("original_max_position_embeddings"):
         config.rope_parameters["original_max_position_embeddings"] = original  # which transformers prefers, too
     return config

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from data import InputError, parse_object, read_json, reading
 from data.ranks import collect, gather, like, rank
+from data.tokenizer import resume_clock
 
 try:
     import fcntl
@@ -42,7 +43,9 @@ def restore_flags(config) -> Path:
         raise InputError("--resume and --overwrite contradict each other")
     if not found:
         raise InputError(f"--resume: no complete checkpoint in --out_dir {out}")
-    before, barred = read_state(found[-1])["config"], []
+    state, barred = read_state(found[-1]), []
+    resume_clock(state)
+    before = state["config"]
     for name in asdict(config).keys() & before.keys() - {"resume", "overwrite", "out_dir", "plan", "world"}:
         was, now = before[name], getattr(config, name)
         if name not in config.typed:

@@ -260,13 +260,13 @@ def check_rendering(tokenizer: Tokenizer, prompts: list[str]) -> None:
 
 def resume_clock(state: dict) -> None:
     """Let chat templates see the time that they saw in the run whose state.json this is."""
-    if moment := (state.get("surroundings") or {}).get("clock"):
+    if moment := state.get("inputs", {}).get("surroundings of prompts", {}).get("clock"):
         Clock.moment = datetime.fromisoformat(moment)
 
 
 def as_trained(config, folder: Path) -> None:
-    """Give `config` the data, chat, system and thinking flags of the run that wrote a checkpoint, where they were not
-    given, and templates its time: a student must be prompted as in its training."""
+    """Give `config` the data and prompt flags of the run that wrote a checkpoint, where they were not typed, and
+    templates its time: a student must be prompted as in its training."""
     file, said = folder / "state.json", []
     state = read_json(file) if file.is_file() else {}
     with reading(file):
@@ -274,9 +274,10 @@ def as_trained(config, folder: Path) -> None:
         sets = [trained.get(name) for name in ("eval_data", "data")]  # by name, and the held-out ones first
         trained["data"] = next((s for s in sets if s and (HERE / s).is_dir()), "search")
         resume_clock(state)
-    for name, default in (("data", "search"), ("chat", "auto"), ("system", ""), ("thinking", "")):
+    defaults = {"data": "search", "chat": "auto", "system": "", "thinking": "", "teacher_prompt": ""}
+    for name, default in defaults.items():
         value = trained.get(name, default)
-        if name not in getattr(config, "typed", (name,)) and value != default:
+        if hasattr(config, name) and name not in config.typed and value != default:
             setattr(config, name, value)
             said.append(f"--{name} {value}")
     if said:

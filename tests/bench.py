@@ -5,8 +5,8 @@
     python tests/bench.py sample   # tokens per second of generate, against transformers' with either cache
     python tests/bench.py step     # a whole step of training, against TRL's DistillationTrainer (pip install trl)
     python tests/bench.py ranks    # tokens per second of two ranks against one, on a CPU
-    python tests/bench.py gpu      # a CUDA card: decoding, learning, the loss, a whole step; from random weights (it has
-                                   # not run on a card yet)
+    python tests/bench.py gpu      # a CUDA card: decoding, learning, loss, a whole step, all from random weights;
+                                   # it has not run on one yet
     python tests/bench.py card OUT # the table of tests/card.sh, from the files it left in OUT
 """
 

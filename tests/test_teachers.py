@@ -1,4 +1,4 @@
-"""Teachers that read another prompt than the student."""
+"""Teachers that read another prompt than the student, and teachers of other families."""
 
 import json
 import math
@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
 from data import HERE, InputError, load_jsonl
 from data.run import read_log
 from data.tokenizer import Tokenizer
 from eval import encode_prompts
-from model import Transformer
+from model import Transformer, count_flops, count_parameters, load_teacher
 from sample import Rollout, generate
 from tests.test_train import BLIND, TINY, make_pair, run
 
@@ -159,3 +160,76 @@ def test_responses_stay_themselves_behind_other_prompts():
         _, _, targets_seen, position_seen = seen.part(rows, "cpu")
         assert torch.equal(targets, targets_seen) and torch.equal(position, position_seen)
     assert json.dumps(seen.tokens.tolist()) == "[[9, 4, 5, 6, 0], [8, 8, 8, 8, 7]]" and math.isfinite(seen.flop)
+
+
+# --- of another family: transformers builds it, and it scores
+
+MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
+OTHERS = {
+    "qwen3_moe": MOE, "olmo2": {}, "olmo3": {"sliding_window": 8}, "mistral": {"sliding_window": 8},
+    "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+}
+
+
+def other_teacher(folder: Path, kind: str, **more) -> Path:
+    """A random teacher of a kind, with the embedded tokenizer, in `folder`."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, vocab_size=704, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=512, initializer_range=0.2,
+        **{"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0, **OTHERS.get(kind, {}), **more})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TEACHER / name, folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_teacher_of_another_family_scores_as_in_transformers(tmp_path, kind):
+    """On rows of several lengths, padded on the right; longer than a sliding window."""
+    folder = other_teacher(tmp_path, kind)
+    teacher, reference = load_teacher(folder, torch.device("cpu"), 644), AutoModelForCausalLM.from_pretrained(folder)
+    rows = [torch.randint(600, (n,), generator=torch.Generator().manual_seed(n)) for n in (30, 11, 5)]
+    hidden = teacher(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+    for found, row in zip(hidden, rows):
+        expected = reference(row[None]).logits[0]
+        assert torch.allclose(found[: len(row)] @ teacher.head.T, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_with_a_mixture_of_experts_as_teacher(tmp_path):
+    teacher, out = other_teacher(tmp_path / "teacher", "qwen3_moe"), tmp_path / "out"
+    run(*TINY, "--teacher", teacher, "--max_new_tokens", "30", "--out_dir", out)
+    assert all(r["kl"] > 0 and r["flop_teacher"] > 0 for r in read_log(out / "log.jsonl") if "loss" in r)
+    run("--resume", "--steps", "4", "--out_dir", out)
+    for flags in (("--mix", "0.5"), ("--rollout", "teacher")):
+        with pytest.raises(InputError, match="a qwen3_moe teacher scores, and does not sample"):
+            run(*TINY, *BLIND, *flags, "--teacher", teacher, "--out_dir", tmp_path / "refused")
+
+
+def test_flop_of_experts_are_those_that_a_token_meets(tmp_path):
+    config = AutoConfig.from_pretrained(other_teacher(tmp_path, "qwen3_moe"))
+    attention, router, experts = 2 * 32 * (4 + 2) * 8, 32 * 8, 8 * 3 * 32 * 24
+    weights = 2 * (attention + router + experts * 2 / 8)
+    expected = 2 * weights * 10 + 4 * 2 * 32 * 55 + 2 * 32 * 704 * 3
+    assert count_flops(config, torch.tensor([10]), 3) == pytest.approx(expected)
+    assert count_parameters(config) > weights
+
+
+@pytest.mark.parametrize("kind, more, message", [
+    ("granite", {"logits_scaling": 8.0}, "its logits_scaling changes its logits"),
+    ("gemma3_text", {"final_logit_softcapping": 30.0}, "its final_logit_softcapping changes its logits"),
+    ("phi", {}, "the logits of a phi model are not its head times its last hidden state"),
+])
+def test_a_teacher_that_changes_its_logits_is_refused_by_name(tmp_path, kind, more, message):
+    other_teacher(tmp_path, kind, **more)
+    if kind == "phi":  # whose head has a bias
+        weights = load_file(tmp_path / "model.safetensors")
+        weights["lm_head.bias"] += torch.arange(704.0)
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=message):
+        load_teacher(tmp_path, torch.device("cpu"), 644)
+
+
+def test_a_student_of_another_family_is_refused(tmp_path):
+    with pytest.raises(InputError, match="model_type 'olmo2' is not supported"):
+        run(*TINY, *BLIND, "--student", other_teacher(tmp_path / "student", "olmo2"), "--out_dir", tmp_path / "out")

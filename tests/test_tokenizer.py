@@ -318,11 +318,11 @@ def test_a_run_renders_its_prompts_at_one_moment_whenever_it_goes_on(made, tmp_p
     tokenizer = Tokenizer(folder)
     assert tokenizer.decode(tokenizer.encode_prompt("hi")) == "31 Dec 2024 23:59:59<|user|>hi"
     assert tokenizer.encode_prompt("hi") == theirs(tokenizer.hf, "hi")  # at the same moment
-    state = json.loads(json.dumps({"config": {}, "surroundings": tokenizer.surroundings()}))
+    state = json.loads(json.dumps({"config": {}, "inputs": {"surroundings of prompts": tokenizer.surroundings()}}))
     monkeypatch.setattr(Clock, "moment", datetime(2025, 6, 1))  # another day
-    assert tokenizer.surroundings() != state["surroundings"]
+    assert tokenizer.surroundings() != state["inputs"]["surroundings of prompts"]
     resume_clock(state)
-    assert tokenizer.surroundings() == state["surroundings"]
+    assert tokenizer.surroundings() == state["inputs"]["surroundings of prompts"]
     (tmp_path / "state.json").write_text(json.dumps(state))
     monkeypatch.setattr(Clock, "moment", datetime(2025, 6, 1))
     as_trained(type("Config", (), {"typed": set()})(), tmp_path)

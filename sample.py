@@ -104,7 +104,8 @@ class Rollout:
         not a mask: a GPU would have to wait to be told how many are set.)
         """
         if not len(rows):  # a rank without work, which takes part in the others' forward
-            return torch.zeros(1, 1, dtype=torch.long, device=device), *(torch.zeros(3, 0, dtype=torch.long))
+            none = torch.zeros(0, dtype=torch.long)
+            return torch.zeros(1, 1, dtype=torch.long, device=device), none.to(device), none.to(device), none
         ends, start = (self.prompt_lens + self.supervised[:, 1])[rows, None], self.prompt_lens[rows, None] - 1
         tokens = self.tokens[rows, : int(ends.max())]
         t = torch.arange(tokens.shape[1] - 1)

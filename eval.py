@@ -122,21 +122,10 @@ def seeds_of(seed: int, problems: int, num_samples: int = 1) -> list[list[int]]:
 
 
 def evaluate(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    rows: list[dict],
-    *,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...],
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    num_samples: int = 1,
-    slots: int | None = None,
-    seed: int = 1337,
-    progress: bool = False,
-    done: list[dict] | None = None,
-    keep: Callable[[list[dict]], None] | None = None,
+    model: Transformer, tokenizer: Tokenizer, rows: list[dict], *, max_new_tokens: int, stop_ids: tuple[int, ...],
+    temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, num_samples: int = 1,
+    slots: int | None = None, seed: int = 1337, done: list[dict] | None = None,
+    keep: Callable[[list[dict]], None] = lambda records: None,
 ) -> tuple[dict, list[dict]]:
     """Answer every row's `prompt_ids` `num_samples` times and grade by its `answer`, if it has one: (summary, one
     record per response, in the order of rows).
@@ -156,7 +145,7 @@ def evaluate(
     for part in (waiting[n : n + at_once] for n in range(0, len(waiting), at_once)):
         rollout = generate(
             model, [rows[i]["prompt_ids"] for i, _ in part], max_new_tokens, stop_ids, temperature, top_k, top_p,
-            seeds=[seeds[i][k] for i, k in part], slots=slots, progress=progress and rank() == 0,
+            seeds=[seeds[i][k] for i, k in part], slots=slots, progress=rank() == 0,
         )
         new = []
         for n, (i, k) in enumerate(part):
@@ -169,8 +158,7 @@ def evaluate(
                 "finished": bool(rollout.finished[n]), "tokens": int(rollout.lens[n]),
             })
         mine += new
-        if keep is not None:
-            keep(new)
+        keep(new)
     records = [*(done or []), *itertools.chain(*gather(mine))]
     if timeouts := sum(gather(Verifier.timeouts - timeouts)):
         print(f"WARNING: math-verify took too long over {timeouts} answers, which count as wrong")
@@ -379,7 +367,7 @@ def main(config: Config) -> None:
     found, records = evaluate(
         model, tokenizer, rows, max_new_tokens=config.max_new_tokens, stop_ids=stop_ids,
         temperature=config.temperature, top_k=config.top_k or None, top_p=config.top_p, num_samples=config.num_samples,
-        slots=config.batch_size, seed=config.seed, progress=True, keep=keep,
+        slots=config.batch_size, seed=config.seed, keep=keep,
         done=[r for r in done if r["problem"] < len(rows) and r["prompt"] == rows[r["problem"]]["prompt"]],
     )
     print(f"the response to the first problem:\n{shorten(records[0]['response'], 24)}\n\n"

@@ -267,13 +267,6 @@ def grow(state: dict, kl: Tensor, position: Tensor, lens: Tensor, config: Config
     return {**state, "smooth": smooth, "lowest": lowest, "waited": waited}
 
 
-def longest_response(config: Config) -> int:
-    """Tokens of the longest response that a step may see."""
-    if config.window != "prefix":
-        return config.max_new_tokens
-    return max(config.prefix_len, config.max_new_tokens if config.mix else 0)
-
-
 # --- who writes the responses
 
 
@@ -298,7 +291,6 @@ def respond(batch: list[dict], step: int, prefix_len: int, config: Config, pair:
     generator = torch.Generator().manual_seed(config.seed + 104729 * (step + 1))
     seeds = torch.randint(2**63 - 1, (len(batch),), generator=generator).tolist()
     where = torch.rand(len(batch), generator=generator, dtype=torch.float64)[rank() :: world()]
-    mine = range(rank(), len(batch), world())
     cap = prefix_len if config.window == "prefix" else config.max_new_tokens
     by_teacher = len(batch) if config.rollout == "teacher" else round(config.mix * len(batch))
     mine, responses, flop = range(rank(), len(batch), world()), [], 0.0
@@ -500,7 +492,7 @@ def examine(pair: Pair, test: list[dict], config: Config, run: Run) -> None:
     start = time.perf_counter()
     record, answers = evaluate(
         pair.sampler, pair.tokenizer, test, max_new_tokens=config.max_new_tokens, stop_ids=pair.stop_ids,
-        temperature=config.temperature, slots=config.eval_batch_size, progress=True,
+        temperature=config.temperature, slots=config.eval_batch_size,
     )
     said = f"P(finish) {record['finish']:.3f}, mean length {record['mean_len']:,.0f}"
     if config.eval_problems:
@@ -604,8 +596,8 @@ def plan(config: Config) -> dict[str, float]:
     --max_new_tokens, every response as long as can be. Not counted: evaluation, whose cache grows with
     --eval_batch_size x --max_new_tokens; what Python, torch and the prompts take; and parts of a few percent.
     """
-    prompt, whole, length = 64, config.max_new_tokens, longest_response(config)
-    prompt_t = 512 if config.teacher_prompt else prompt
+    prompt, prompt_t, whole = 64, 512 if config.teacher_prompt else 64, config.max_new_tokens
+    length = max(config.prefix_len, whole) if config.mix or config.window != "prefix" else config.prefix_len
     on_gpu = (config.device or choose_device("").type).startswith("cuda")  # which need not be here
     size = 2 if (config.dtype or ("bfloat16" if on_gpu else "float32")) == "bfloat16" else 4
     s, t = (load_config(checkpoint_folder(name, ("config.json",)), any_family=name == config.teacher) if name else None

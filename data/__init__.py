@@ -115,7 +115,8 @@ def run_command(main, config) -> None:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell (`>&-`)
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every character
+    # A terminal may not know every character; a file shows each line as it comes.
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main(config)
         sys.stdout.flush()  # here, where a closed pipe is caught

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, Qwen3Config
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -140,6 +140,8 @@ def their_tokens(reference, prompts, cap, stops, cache) -> int:
 
 
 def bench_sample(only: str = "", caches: str = "dynamic,static") -> None:
+    from transformers import AutoModelForCausalLM
+
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, "
           "float32; best of 2 turns")
     g = torch.Generator().manual_seed(0)
@@ -220,7 +222,7 @@ def wide_tokenizer(folder: Path, vocab: int) -> None:
 
 def their_step(folder, texts, batch, cap, steps) -> tuple[float, int]:
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DistillationConfig, DistillationTrainer
 
     class Clock(TrainerCallback):
@@ -422,7 +424,7 @@ def print_card(out: str) -> None:
             "peak memory, GB": max((r["peak_memory"] for r in steps), default=0) / 1e9}
     for line in lines.get("bench", []):
         found["bench"] = found.get("bench", {}) | (json.loads(line) if line.startswith("{") else {})
-    print("\n".join(lines.get("versions", [])))
+    print("\n".join([*lines.get("versions", []), "", *lines.get("parts", [])]))
     for name, x in found.items():
         print(f"\n{name}" if isinstance(x, dict) else f"\n{name}: {x}")
         for key, value in x.items() if isinstance(x, dict) else ():

@@ -7,7 +7,6 @@
     python tests/bench.py ranks    # tokens per second of two ranks against one, on a CPU
     python tests/bench.py gpu      # a CUDA card: decoding, learning, loss, a whole step, all from random weights;
                                    # it has not run on one yet
-    python tests/bench.py card OUT # the table of tests/card.sh, from the files it left in OUT
 """
 
 import contextlib
@@ -17,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -389,15 +387,16 @@ def loss_on_card(found: dict) -> dict[str, float]:
 
 
 def step_on_card(found: dict) -> dict[str, float]:
-    """Three steps of training, 0.6B from 1.7B: speed, and peak memory against --plan."""
-    batch, cap = (4, 8) if TINY else (16, 512)
+    """A few steps of training, 0.6B from 1.7B: speed, and peak memory against --plan."""
+    steps, batch, cap = (1, 2, 4) if TINY else (3, 16, 512)
     with tempfile.TemporaryDirectory() as folder:
         for name, shape, dtype in (("student", "0.6B", torch.float32), ("teacher", "1.7B", torch.bfloat16)):
             on_card(qwen3(shape), dtype).save_pretrained(Path(folder) / name)
             wide_tokenizer(Path(folder) / name, qwen3(shape).vocab_size)
         config = train.Config(
             student=f"{folder}/student", teacher=f"{folder}/teacher", data="chains", prefix_len=cap, batch_size=batch,
-            steps=3, lr=1e-6, eval_problems=0, eval_kl=0, max_new_tokens=cap, out_dir=f"{folder}/run", device="cuda")
+            max_new_tokens=cap, steps=steps, lr=1e-6, eval_problems=0, eval_kl=0, out_dir=f"{folder}/run",
+            device="cuda")
         with contextlib.redirect_stdout(io.StringIO()):
             planned = max(train.plan(config).values())
         train.train(config)
@@ -407,36 +406,10 @@ def step_on_card(found: dict) -> dict[str, float]:
             "step, peak memory of what --plan says": max(r["peak_memory"] for r in records) / planned}
 
 
-def print_card(out: str) -> None:
-    """Of each run of tests/card.sh and its bench: a table and one line of JSON."""
-    lines = {f.stem: f.read_text(errors="replace").splitlines() for f in sorted(Path(out).glob("*.txt"))}
-    found = {"tests": next((x for x in reversed(lines["tests"]) if x.strip()), "")} if "tests" in lines else {}
-    for file in sorted(Path(out).glob("*/log.jsonl")):
-        records = read_log(file)
-        steps, evals = ([r for r in records if kind in r] for kind in ("loss", "eval"))
-        taken = [r["seconds_sample"] + r["seconds_learn"] for r in steps]
-        found[file.parent.name] = {
-            "steps": len(steps), "loss": [r["loss"] for r in steps[:: max(1, len(steps) - 1)]],
-            "accuracy": [r["accuracy"] for r in evals], "seconds of the first step": taken[0] if taken else None,
-            # the later ones' median: the first steps compile, record graphs and allocate
-            "seconds per step": statistics.median(taken[len(taken) // 2 :]) if taken else None,
-            "tokens/s": statistics.median(r["tokens_per_s"] for r in steps[len(steps) // 2 :]) if steps else None,
-            "peak memory, GB": max((r["peak_memory"] for r in steps), default=0) / 1e9}
-    for line in lines.get("bench", []):
-        found["bench"] = found.get("bench", {}) | (json.loads(line) if line.startswith("{") else {})
-    print("\n".join([*lines.get("versions", []), "", *lines.get("parts", [])]))
-    for name, x in found.items():
-        print(f"\n{name}" if isinstance(x, dict) else f"\n{name}: {x}")
-        for key, value in x.items() if isinstance(x, dict) else ():
-            value = value if isinstance(value, list) else [value]
-            print(f"  {key:45} " + " -> ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in value))
-    print("\n" + json.dumps(found))
-
-
 if __name__ == "__main__":
     benches = {"loss": bench_loss, "loss_memory": loss_memory, "sample": bench_sample, "step": bench_step,
-               "ranks": bench_ranks, "gpu": bench_gpu, "card": print_card}
+               "ranks": bench_ranks, "gpu": bench_gpu}
     if len(sys.argv) < 2 or sys.argv[1] not in benches:
-        sys.exit("usage: python tests/bench.py loss|sample|step|ranks|gpu|card")
+        sys.exit("usage: python tests/bench.py loss|sample|step|ranks|gpu")
     torch.manual_seed(0)
     benches[sys.argv[1]](*sys.argv[2:])

@@ -100,18 +100,18 @@ def encode_prompts(rows: list[dict], tokenizer: Tokenizer, where: str, template:
 # --- accuracy
 
 
-def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(hits: float, n: int) -> tuple[float, float]:
     """95% interval of a share of n independent trials (Wilson's score interval), which behaves near 0 and 1."""
-    share, z2 = hits / n, z * z
+    share, z, z2 = hits / n, 1.96, 1.96**2
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def bootstrap(values: list[float], seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
+def bootstrap(values: list[float]) -> tuple[float, float]:
     """95% interval of the mean of one value per problem, by drawing the problems again."""
     x = torch.tensor(values, dtype=torch.double)
-    picks = torch.randint(len(x), (resamples, len(x)), generator=torch.Generator().manual_seed(seed))
+    picks = torch.randint(len(x), (2000, len(x)), generator=torch.Generator().manual_seed(0))
     low, high = x[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
     return low, high
 
@@ -141,8 +141,7 @@ def evaluate(
     waiting = [(i, k) for i in range(len(rows)) for k in range(num_samples) if (i, k) not in have]
     waiting.sort(key=lambda place: -len(rows[place[0]]["prompt_ids"]))  # prompts of one length are read together
     waiting = waiting[rank() :: world()]
-    at_once = max(1, 512 // num_samples) * num_samples
-    for part in (waiting[n : n + at_once] for n in range(0, len(waiting), at_once)):
+    for part in (waiting[n : n + 512] for n in range(0, len(waiting), 512)):
         rollout = generate(
             model, [rows[i]["prompt_ids"] for i, _ in part], max_new_tokens, stop_ids, temperature, top_k, top_p,
             seeds=[seeds[i][k] for i, k in part], slots=slots, progress=rank() == 0,
@@ -150,11 +149,12 @@ def evaluate(
         new = []
         for n, (i, k) in enumerate(part):
             text, answer = tokenizer.decode(rollout.text_ids(n)), rows[i].get("answer")
+            answer = answer if isinstance(answer, str) else None
             opened = opens_thought(tokenizer.decode(rows[i]["prompt_ids"]))
             new.append({
                 "problem": i, "sample": k, "prompt": rows[i]["prompt"], "answer": answer, "response": text,
                 "ids": rollout.response(n), "extracted": extract_answer(text, opened),
-                "correct": isinstance(answer, str) and is_correct(text, answer, opened),
+                "correct": answer is not None and is_correct(text, answer, opened),
                 "finished": bool(rollout.finished[n]), "tokens": int(rollout.lens[n]),
             })
         mine += new
@@ -167,20 +167,22 @@ def evaluate(
 
 
 def summarize(records: list[dict], num_samples: int) -> dict[str, float]:
-    """Of records in the order of problems, `num_samples` for each: accuracy (the mean over problems of the share of
-    right samples, avg@k) with low and high (95% over problems: Wilson's for one sample, else by bootstrap), finish
-    (share of responses ended by themselves), accuracy_given_finish (None if none ended), no_answer, mean_len,
-    median_len, len_95 (tokens)."""
+    """Of records in the order of problems, `num_samples` for each: finish (share of responses ended by themselves),
+    mean_len, median_len, len_95 (tokens); and where all problems have an answer, accuracy (the mean over problems of
+    the share of right samples, avg@k) with low and high (95% over problems: Wilson's for one sample, else by
+    bootstrap), accuracy_given_finish (None if none ended), no_answer."""
     n, ended = len(records), [r for r in records if r["finished"]]
+    lens = torch.tensor([float(r["tokens"]) for r in records])
+    found = {"finish": len(ended) / n, "mean_len": lens.mean().item(), "median_len": lens.median().item(),
+             "len_95": lens.quantile(0.95).item()}
+    if any(r["answer"] is None for r in records):
+        return found
     right = [sum(r["correct"] for r in records[i : i + num_samples]) for i in range(0, n, num_samples)]
     low, high = wilson(sum(right), n) if num_samples == 1 else bootstrap([r / num_samples for r in right])
-    lens = torch.tensor([float(r["tokens"]) for r in records])
-    return {
+    return found | {
         "accuracy": sum(right) / n, "low": low, "high": high,
-        "finish": len(ended) / n,
         "accuracy_given_finish": sum(r["correct"] for r in ended) / len(ended) if ended else None,
         "no_answer": sum(r["extracted"] is None for r in records) / n,
-        "mean_len": lens.mean().item(), "median_len": lens.median().item(), "len_95": lens.quantile(0.95).item(),
     }
 
 
@@ -205,7 +207,7 @@ def score(
     stats: dict[str, list] = {}
     for rows in rollout.micro_batches(micro_tokens):
         tokens, at, targets, position = rollout.part(rows, student.device)
-        tokens_t, at_t, _, _ = (rollout.seen or rollout).part(rows, teacher.device)
+        tokens_t, at_t, _, _ = rollout.for_teacher.part(rows, teacher.device)
         hidden_s, hidden_t = student(tokens).flatten(0, 1)[at], teacher(tokens_t).flatten(0, 1)[at_t]
         _, found = distill_loss(
             hidden_s, student.head, hidden_t.to(student.device), teacher.head.to(student.device),
@@ -233,11 +235,11 @@ def preflight(pair: Pair, rows: list[dict], prefix_len: int, temperature: float,
         return f"{i} {tokenizer.decode([i])!r}"
 
     prompts = [row["prompt_ids"] for row in rows]
-    own_prompt = rows[0]["teacher_ids"] != prompts[0]  # as --teacher_prompt asked
-    lines.append(f"prompt as {'the student sees' if own_prompt else 'both models see'} it: "
+    teacher_reads_other = rows[0]["teacher_ids"] != prompts[0]  # as --teacher_prompt asked
+    lines.append(f"prompt as {'the student sees' if teacher_reads_other else 'both models see'} it: "
                  f"{tokenizer.decode(prompts[0])!r}")
     rendered = teacher_tokenizer.encode_prompt(rows[0]["prompt"])
-    if own_prompt:
+    if teacher_reads_other:
         lines.append(f"prompt as the teacher sees it: {teacher_tokenizer.decode(rows[0]['teacher_ids'])!r}")
     elif rendered != prompts[0]:
         warnings.append(
@@ -343,11 +345,11 @@ def load_models(config: Config, teacher: str = "", need: tuple[str, ...] = ("pro
             stop_tokens=config.stop_tokens)
     encode_prompts(rows, tokenizer, "--data", config.teacher_prompt if teacher else "", teachers)
     models = {path: Transformer.for_reading(path, device, vocab) for path in paths}
-    teacher = load_teacher(teacher, device, vocab) if teacher else None
-    for model in filter(None, (*models.values(), teacher)):
-        prompts = [row["teacher_ids" if model is teacher else "prompt_ids"] for row in rows]
+    scorer = load_teacher(teacher, device, vocab) if teacher else None
+    for model in filter(None, (*models.values(), scorer)):
+        prompts = [row["teacher_ids" if model is scorer else "prompt_ids"] for row in rows]
         fit_cap(config, "max_new_tokens", prompts, model.config.max_position_embeddings)
-    return models, teacher, tokenizer, stop_ids, rows
+    return models, scorer, tokenizer, stop_ids, rows
 
 
 def main(config: Config) -> None:
@@ -355,6 +357,8 @@ def main(config: Config) -> None:
     join()
     check_out(config.out, ".json")
     models, _, tokenizer, stop_ids, rows = load_models(config, need=("prompt", "answer"))
+    if len(models) > 1:
+        raise InputError(f"--model {config.model}: expected one model; several are for diagnostics")
     (path, model), rows = next(iter(models.items())), rows[: config.num_problems or None]
     file = Path(config.out).with_suffix(".jsonl") if config.out else None
     done = gather(kept_responses(config, file, checkpoint_folder(path)) if file and rank() == 0 else [])[0]
@@ -385,18 +389,18 @@ def main(config: Config) -> None:
 
 
 def check_out(out: str, suffix: str) -> None:
-    """Raise InputError for an --out that could not be written after all the work."""
+    """End the program where --out could not be written after all the work."""
     path = Path(out)
     if out and (path.suffix != suffix or path.is_dir() or not path.resolve().parent.is_dir()):
-        raise InputError(f"--out {out}: expected a {suffix} file in a folder that exists")
+        stop(f"--out {out}: expected a {suffix} file in a folder that exists")
 
 
 def kept_responses(config: Config, file: Path, folder: Path) -> list[dict]:
     """Responses of an earlier evaluation that was interrupted. The first line of the file says what they depend on, and
     must be the same."""
-    free = ("out", "device", "batch_size", "model", "num_problems", "teacher", "teacher_prompt", "lens", "index",
-            "micro_tokens", "stop_class")  # responses do not depend on these
-    made = {k: v for k, v in asdict(config).items() if k not in free}
+    matters = ("data", "num_samples", "temperature", "top_k", "top_p", "stop_tokens", "chat", "system", "thinking",
+               "max_new_tokens", "seed")
+    made = {name: getattr(config, name) for name in matters}
     made |= {"on cuda": choose_device(config.device).type == "cuda", "weights": fingerprint(folder)}
     records = read_log(file) if file.is_file() else [made]
     if records[:1] != [made]:
@@ -424,21 +428,21 @@ def sample_responses(model: Transformer, prompts: list[list[int]], config: Confi
                     seeds=[config.seed + i for i in range(len(prompts))], slots=config.batch_size)
 
 
-def respond(model: Transformer, rows: list[dict], config: Config, stop_ids) -> Rollout:
+def respond_for_both(model: Transformer, rows: list[dict], config: Config, stop_ids) -> Rollout:
     """Responses of a student, as it and the teacher read them."""
     rollout = sample_responses(model, [row["prompt_ids"] for row in rows], config, stop_ids)
-    rollout.seen = rollout.behind([row["teacher_ids"] for row in rows])
+    rollout.for_teacher = rollout.behind([row["teacher_ids"] for row in rows])
     return rollout
 
 
 def positions(config: Config) -> dict:
     """KL, both entropies and top-1 agreement by response position, with 95% bands of the mean (tokens taken as
-    independent), by thirds of an octave; thirds with fewer than 10 tokens are omitted."""
+    independent), by thirds of an octave; thirds with fewer tokens than 10, or than responses, are omitted."""
     students, teacher, _, stop_ids, rows = load_students(config)
     rows, curves = rows[: config.num_problems or 200], {}
     edges = torch.tensor(sorted({round(2 ** (i / 3)) for i in range(3 * 20)}))
     for name, student in students.items():
-        rollout = respond(student, rows, config, stop_ids)
+        rollout = respond_for_both(student, rows, config, stop_ids)
         stats = score(rollout, student, teacher, stop_ids=stop_ids if config.stop_class else (),
                       temperature=config.temperature or 1.0, micro_tokens=config.micro_tokens)
         at = stats["position"].long()
@@ -492,21 +496,24 @@ def tokens(config: Config) -> dict:
     if config.index >= len(rows):
         raise InputError(f"--index {config.index}: the data has rows 0 to {len(rows) - 1}")
     row, pages, cuts, merged = rows[config.index], {}, {}, list(stop_ids) if config.stop_class else []
+    temperature = config.temperature or 1.0
 
     def preferred(model: Transformer, rollout: Rollout) -> list[list[tuple[str, float]]]:
         found, (ids, at, _, _) = [], rollout.part(torch.tensor([0]), model.device)
         for hidden in model(ids)[0, at].split(256):
-            p = model.logits(hidden).softmax(-1)
-            p[:, merged[:1]], p[:, merged[1:]] = p[:, merged].sum(1, keepdim=True), 0  # one class, as in the KL
+            p = (model.logits(hidden) / temperature).softmax(-1)
+            if merged:  # one class, as in the KL
+                p[:, merged[:1]] = p[:, merged].sum(1, keepdim=True)
+                p[:, merged[1:]] = 0
             chance, token = (x.tolist() for x in p.topk(3))
             found += [[(tokenizer.decode([i]), round(c, 6)) for i, c in zip(*top)] for top in zip(token, chance)]
         return found
 
     for name, student in students.items():
-        rollout = respond(student, [row], config, stop_ids)
-        stats = score(rollout, student, teacher, stop_ids=merged)
+        rollout = respond_for_both(student, [row], config, stop_ids)
+        stats = score(rollout, student, teacher, stop_ids=merged, temperature=temperature)
         numbers = zip(rollout.response(0), *(stats[k].tolist() for k in ("kl", "student_logprob", "teacher_logprob")),
-                      preferred(student, rollout), preferred(teacher, rollout.seen))
+                      preferred(student, rollout), preferred(teacher, rollout.for_teacher))
         pages[name] = [
             {"text": tokenizer.decode([i]), "kl": kl, "student": math.exp(log_p), "teacher": math.exp(log_q),
              "student_top": student_top, "teacher_top": teacher_top}
@@ -526,11 +533,13 @@ if __name__ == "__main__":
         if end == 2:
             stop("usage: python eval.py runs RUN_FOLDER ... [--out runs.png]")
         config = parse_flags(Config, __doc__, sys.argv[end:])
-        run_command(lambda c: check_out(c.out, ".png") or plots.draw_runs(sys.argv[2:end], c.out or "runs.png"), config)
+        check_out(config.out, ".png")
+        run_command(lambda c: plots.draw_runs(sys.argv[2:end], c.out or "runs.png"), config)
     elif command in diagnostics:
         work, suffix = diagnostics[command], ".html" if command == "tokens" else ".png"
         config = parse_flags(Config, __doc__, sys.argv[2:])
-        run_command(lambda c: check_out(c.out, suffix) or plots.draw_diagnostic(command, work(c), c.out), config)
+        check_out(config.out, suffix)
+        run_command(lambda c: plots.draw_diagnostic(command, work(c), c.out), config)
     elif command:
         stop(f"{command}: no such command; {', '.join(diagnostics)} and runs are; flags alone measure accuracy")
     else:

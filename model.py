@@ -1,9 +1,10 @@
 """A decoder-only transformer that reads and writes Hugging Face checkpoints of the Qwen2/2.5, Qwen3 and Llama families.
 
 The module tree spells the Hugging Face parameter names (`model.layers.0.self_attn.q_proj.weight`, ...), so a checkpoint
-is loaded and saved without a table of names. There is one `forward`: whole sequences in training, and, given a KV cache
-(sample.py), the newest tokens of some. It returns hidden states, not logits: the head is a (V, H) matrix that sampling
-applies to one position per row and the loss applies chunk by chunk, so that a (B, T, V) tensor never exists.
+is loaded and saved without a table of names. There is one `forward`: for whole sequences, and, given a KV cache
+(sample.py), for the prompts or the one newest token of some rows. It returns hidden states, not logits: the head is a
+(V, H) matrix that sampling applies to one position per row and the loss applies chunk by chunk, so that a (B, T, V)
+tensor never exists.
 
     model = Transformer.from_pretrained("data/chains/teacher")
     hidden = model(tokens)                 # (B, T) -> (B, T, H)
@@ -46,6 +47,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        # Under autocast x is narrower than the weights, and the norm is better taken in float32.
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
 
 
@@ -59,7 +61,7 @@ def rope_frequencies(config) -> tuple[Tensor, float]:
     """
     rope, D = config.rope_parameters, head_dim_of(config)
     theta, kind = rope["rope_theta"], rope.get("rope_type", "default")
-    freq = theta ** (-torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)  # real numbers on "meta", too
+    freq = theta ** (-torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)  # also within torch.device("meta")
     if kind == "default":
         return freq, 1.0
     factor = rope["factor"]
@@ -171,9 +173,9 @@ class Transformer(nn.Module):
         check_config(config)
         self.config = config
         self.vocab = config.vocab_size  # the tokenizer may have fewer ids; rows of the head beyond them are padding
-        self.frequencies, self.rope_scale = rope_frequencies(config)  # not parameters, and not in the checkpoint
+        self.frequencies, self.rope_scale = rope_frequencies(config)  # no buffers: models are built on "meta" first
         self.recompute = False  # compute activations again in backward: less memory, a third more FLOP
-        self.cache = self.graphs = None  # sample.py keeps its KV cache and CUDA graphs here between calls
+        self.cache = self.graphs = None  # sample.py's, kept between calls: KV cache; CUDA graphs, which {} asks for
         self.model = nn.Module()  # the Hugging Face trees put everything but the head under "model."
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -194,8 +196,8 @@ class Transformer(nn.Module):
         """Hidden states after the final norm: tokens (B, T) -> (B, T, H).
 
         Every token sees itself and what stands before it in its row, so rows of different lengths are padded on the
-        right, where padding is not seen. positions (B, T): by default 0, 1, 2, ... cache: sample.py's KVCache; the
-        tokens' keys and values are written to it, and what it holds of their rows is seen.
+        right, where padding is not seen. positions (B, T): by default 0, 1, 2, ... cache: sample.py's KVCache, which
+        was told before whether whole prompts come or one token per row; it writes their keys and values, and attends.
         """
         x = self.model.embed_tokens(tokens)
         if self.frequencies.device != tokens.device:
@@ -213,8 +215,8 @@ class Transformer(nn.Module):
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Of real tokens, to sample from: (n, H) -> (n, vocab), in float32 or wider, since rounded to half precision
-        likely tokens would tie."""
+        """Of real tokens, to sample from: (n, H) -> (n, vocab), in float32 or wider. On a GPU never rounded to half
+        precision, in which likely tokens would tie."""
         head = self.head[: self.vocab]
         if hidden.is_cuda and hidden.dtype.itemsize < 4:
             return torch.mm(hidden, head.T, out_dtype=torch.float32)
@@ -223,7 +225,7 @@ class Transformer(nn.Module):
     def initialize(self, seed: int) -> "Transformer":
         """Fresh weights from a seed, for training from scratch.
 
-        Matrices are normal with variance 1 / fan-in, but output projections start at zero, so that every block is the
+        Matrices are normal with variance 1 / fan-in, but o_proj and down_proj start at zero, so that every block is the
         identity at first; gains of QK-norm start at 2. The embedded tasks are learned faster from there than from the
         families' own normal(0, 0.02).
         """
@@ -279,8 +281,7 @@ class Transformer(nn.Module):
     def for_reading(cls, path: str, device: torch.device, vocab: int, dtype: torch.dtype | None = None):
         """A checkpoint that samples and scores but is not trained: without gradients, by default in bfloat16 on a GPU
         and in float32 elsewhere. vocab: how many of its rows are tokens."""
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        model = cls.from_pretrained(path, device, dtype).requires_grad_(False)
+        model = cls.from_pretrained(path, device, dtype or default_dtype(device)).requires_grad_(False)
         model.vocab = vocab
         return model
 
@@ -331,7 +332,7 @@ class OtherFamily(nn.Module):
             raise InputError(f"--teacher {path}: the logits of a {self.config.model_type} model are not its head times "
                              "its last hidden state, which is not supported")
 
-    device, logits = Transformer.device, Transformer.logits  # of `head` and `vocab`, as there
+    device, logits = Transformer.device, Transformer.logits  # both need only `head` and `vocab`
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) -> (B, T, H), as Transformer.forward."""
@@ -341,7 +342,7 @@ class OtherFamily(nn.Module):
 def load_teacher(path: str, device: torch.device, vocab: int, dtype: torch.dtype | None = None) -> nn.Module:
     if load_config(checkpoint_folder(path), any_family=True).model_type in FAMILIES:
         return Transformer.for_reading(path, device, vocab, dtype)
-    return OtherFamily(path, device, vocab, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32))
+    return OtherFamily(path, device, vocab, dtype or default_dtype(device))
 
 
 # --- a model that is too large for one device
@@ -377,12 +378,12 @@ def shard(model: Transformer, group: int, dtype: torch.dtype) -> Transformer:
 # --- what a model costs
 
 
-def count_flops(config, read: Tensor, heads: float) -> float:
+def count_flops(config, read: Tensor, num_logits: float) -> float:
     """Matmul FLOP of one forward pass over causal rows: 2 per weight and token, attention, and the head where it is
     applied. A backward pass costs twice its forward.
 
     read (B,): tokens that each row feeds through the model; token t attends to t positions, so a row of T makes
-    T(T+1)/2 pairs, of 4 FLOP per layer and feature. heads: positions whose logits are computed.
+    T(T+1)/2 pairs, of 4 FLOP per layer and feature. num_logits: positions whose logits are computed.
     """
     H, layers, q_size = config.hidden_size, config.num_hidden_layers, config.num_attention_heads * head_dim_of(config)
     if config.model_type in FAMILIES:
@@ -392,7 +393,7 @@ def count_flops(config, read: Tensor, heads: float) -> float:
         weights = weights_per_token(config)
     read = read.double()
     pairs = (read * (read + 1) / 2).sum().item()
-    return 2 * weights * read.sum().item() + 4 * layers * q_size * pairs + 2 * H * config.vocab_size * heads
+    return 2 * weights * read.sum().item() + 4 * layers * q_size * pairs + 2 * H * config.vocab_size * num_logits
 
 
 def shapes_of(config) -> dict[str, torch.Size]:
@@ -421,6 +422,11 @@ def weights_per_token(config) -> float:
 
 
 # --- the device
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Of forward passes."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def choose_device(name: str) -> torch.device:

@@ -11,7 +11,8 @@ rows at once) and evaluation (more rows than slots):
        between prompt and response.
     2. A row that ends leaves its slot to the next prompt; when no prompt is waiting, the other rows close the gaps.
     3. One uniform number per row and position, made from the row's seed, decides every token. So a row does not depend
-       on its neighbours, the number of slots, or the cap (but for rounding, where a product's kernel depends on them).
+       on its neighbours, the number of slots, or the cap (but for the last bits, where a product of other size rounds
+       differently).
 
 Read in this order: Rollout, KVCache, sample_token, generate; CUDA graphs and the command line come last.
 """
@@ -54,8 +55,8 @@ class Rollout:
     lens: Tensor  # (B,) int64, response tokens, the stop token counted
     finished: Tensor  # (B,) bool: ended with a stop token of its own accord; else it was cut at the cap
     supervised: Tensor  # (B, 2) int64, first and last + 1 of the response positions to learn from
-    flop: float = 0.0  # matmul FLOP of sampling them, of the tokens really processed
-    seen: "Rollout | None" = None  # the same responses as the teacher reads them, where its prompts are others
+    flop: float = 0.0  # matmul FLOP of sampling them
+    for_teacher: "Rollout | None" = None  # the same responses behind what the teacher reads as prompts
 
     @classmethod
     def of(cls, prompts: list[list[int]], responses: list[list[int]], stop_ids: tuple[int, ...]) -> "Rollout":
@@ -132,10 +133,11 @@ class KVCache:
 
     def write_at(self, positions: Tensor, length: int) -> None:
         """The next forward adds one token to each of the first B slots, at positions (B,), and sees the first `length`
-        positions of the cache, as many as the longest row has, each row up to its own."""
+        positions of the cache, at least as many as the longest row has, each row up to its own."""
         self.positions, self.length = positions, length
         self.slots = torch.arange(len(positions), device=positions.device)
         unseen = torch.arange(length, device=positions.device) > positions[:, None, None, None]  # (B, 1, 1, length)
+        # As numbers: from a mask of bools, attention would make them anew in every layer.
         self.mask = torch.zeros_like(unseen, dtype=self.k.dtype).masked_fill_(unseen, -math.inf)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -160,7 +162,9 @@ def cache_for(model: Transformer, slots: int, max_len: int) -> KVCache:
     _, old_slots, _, old_len, _ = (0,) * 5 if model.cache is None else model.cache.k.shape
     if slots > old_slots or max_len > old_len:
         max_len = math.ceil(max(max_len, old_len) / LENGTH_STEP) * LENGTH_STEP
-        model.cache, model.graphs = None, None if model.graphs is None else {}  # freed before the new one is made
+        model.cache = None  # freed before the new one is made
+        if model.graphs is not None:
+            model.graphs = {}
         model.cache = KVCache(model.config, max(slots, old_slots), max_len, model.device, model.head.dtype)
     return model.cache
 
@@ -193,24 +197,22 @@ def generate(
     seeds: list[int] | None = None, slots: int | None = None, progress: bool = False,
 ) -> Rollout:
     """Sample a response to every prompt, at most `max_new_tokens` long; a row ends early when it samples one of
-    `stop_ids`. No token beyond the cap is ever computed.
+    `stop_ids`. The cap ends the sampling: rows that start together are not decoded beyond it.
 
     temperature: 0 takes the most likely token. top_k, top_p cut the distribution and are for evaluation: the loss of
         training assumes plain sampling.
     seeds: one per row, by default 0, 1, 2, ... A row's randomness depends on its seed and the position alone.
     slots: rows decoded at once; by default all, but at most MAX_SLOTS.
-    Raises ValueError on an empty prompt, max_new_tokens < 1, or a wrong number of seeds, and InputError where prompt
-    and response exceed the model's positions.
     """
     seeds = list(range(len(prompts))) if seeds is None else seeds
     check_arguments(model, prompts, max_new_tokens, seeds)
     N, cap, device, how = len(prompts), max_new_tokens, model.device, (temperature, top_k, top_p)
     longest, slots = max(map(len, prompts)), min(slots or MAX_SLOTS, N)
     cache, stops = cache_for(model, slots, longest + cap), torch.tensor(stop_ids, dtype=torch.long, device=device)
-    look_every = 1 if device.type == "cpu" else 16  # a look at who has ended waits for a GPU; ended rows compute on
+    look_every = 1 if device.type == "cpu" else 16  # to see who has ended, we wait for a GPU; ended rows compute on
 
-    # The state is kept by row; row N is nobody's and stands in slots without a row. A row's next token goes to
-    # ids[row, count[row]], that of an ended row too, where nobody reads it.
+    # The state is kept by row. A row's next token goes to ids[row, count[row]]: that of an ended row too, where nobody
+    # reads it (hence cap + 1 columns). Row N is nobody's, and stands in slots without a row.
     prompt_len = torch.tensor([*map(len, prompts), 1], device=device)
     count, going = torch.zeros_like(prompt_len), torch.arange(N + 1, device=device) < N
     ids = torch.zeros(N + 1, cap + 1, dtype=torch.long, device=device)
@@ -248,7 +250,7 @@ def generate(
     bar = tqdm(desc="sample", unit=" tok", leave=False, disable=None if progress else True)
     while True:
         if step == look:
-            alive = going.tolist()
+            alive = going.tolist()  # waiting rows among them, so those that regroup reads count below
             free = [slot for slot, row in enumerate(held) if not alive[row]]
             bar.update(int(count.sum()) - bar.n if progress else 0)
             if len(free) == len(held) and not waiting:
@@ -256,15 +258,16 @@ def generate(
             if 8 * len(free) >= len(held):  # not for every single one: reading one prompt takes as long as four
                 held = regroup(free)
                 rows = torch.tensor(held, device=device)
-            living = [(started[row], len(prompts[row])) for row in held if alive[row]]
-            ahead = max(length - start for start, length in living)
-            look += min(look_every, min(living)[0] + cap - 1 - step)  # or when the first of them reaches the cap
+            oldest = min(started[row] for row in held if alive[row])
+            longest_read = max(len(prompts[row]) - started[row] for row in held if alive[row])  # but for `step`
+            look += min(look_every, oldest + cap - 1 - step)  # or when the first of them reaches the cap
             if look == step:  # a cap of one token
                 continue
-        step, last = step + 1, count[rows] - 1
-        length = math.ceil((ahead + step) / LENGTH_STEP) * LENGTH_STEP  # beyond the longest row the cache is not read
-        inputs = ids[rows, last], prompt_len[rows] + last, noise[rows, last + 1]
-        note(rows, next_tokens(model, *inputs, length, how))
+        step += 1
+        read = math.ceil((longest_read + step) / LENGTH_STEP) * LENGTH_STEP  # positions of the cache
+        newest = count[rows] - 1
+        inputs = ids[rows, newest], prompt_len[rows] + newest, noise[rows, newest + 1]
+        note(rows, next_tokens(model, *inputs, read, how))
     bar.close()
     rollout = Rollout.of(prompts, [row[:n] for row, n in zip(ids.tolist(), count.tolist()[:N])], stop_ids)
     read = rollout.prompt_lens + rollout.lens - 1  # the last token is never fed back
@@ -304,6 +307,8 @@ def next_tokens(
 
 
 def check_arguments(model: Transformer, prompts: list[list[int]], cap: int, seeds: list[int]) -> None:
+    """Raise ValueError on an empty prompt, a cap below 1 or a wrong number of seeds, and InputError where the model
+    cannot sample, or prompt and response exceed its positions."""
     if not isinstance(model, Transformer):
         raise InputError(f"a {model.config.model_type} teacher scores, and does not sample: no --mix, no --rollout "
                          "teacher, no teacher_prefix")
@@ -377,7 +382,7 @@ def main(config: Config) -> None:
         )
         seconds = time.perf_counter() - start
         for i in range(config.num_samples):
-            print(f"\n--- {path}" + f", sample {i}" * (config.num_samples > 1))
+            print(f"\n--- {path}" + (f", sample {i}" if config.num_samples > 1 else ""))
             print(shorten(tokenizer.decode(rollout.text_ids(i)), config.lines))
             how = "stopped by itself" if rollout.finished[i] else "cut at the cap"
             print(f"[{int(rollout.lens[i])} tokens, {how}]")

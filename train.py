@@ -39,7 +39,7 @@ from data.run import Run, claim, fingerprint, restore_flags
 from data.tokenizer import check_rendering
 from eval import Pair, by_position, encode_prompts, evaluate, load_tokenizers, preflight, score
 from loss import CHUNK_ROWS, LOSSES, distill_loss
-from model import Transformer, choose_device, count_flops, count_parameters, load_teacher, shard
+from model import Transformer, choose_device, count_flops, count_parameters, default_dtype, load_teacher, shard
 from sample import MAX_SLOTS, Rollout, fit_cap, generate, shorten
 
 
@@ -117,11 +117,17 @@ class Config:
     world: int = flag(1, "ranks that --plan counts with", least=1)
 
 
+    @property
+    def scored(self) -> bool:
+        """Whether the loss needs what a teacher says."""
+        return self.loss != "cross_entropy"
+
+
 def fill_in(c: Config) -> None:
     """Refuse flags that contradict each other, and fill in those that follow from others."""
     check_flags(c)
     ranks = c.world if c.plan else world()
-    needs_teacher = c.loss != "cross_entropy" or c.rollout == "teacher" or c.mix > 0
+    needs_teacher = c.scored or c.rollout == "teacher" or c.mix > 0
     c.student = c.student or embedded_model(c.data, "student", "student")
     c.teacher = c.teacher or (embedded_model(c.data, "teacher", "teacher") if needs_teacher else "")
     c.prefix_start = c.prefix_start or max(1, c.prefix_len // 16)
@@ -130,7 +136,7 @@ def fill_in(c: Config) -> None:
          "--loss sampled_kl estimates from the student's own samples: use it with --rollout student and --mix 0"),
         (c.schedule != "constant" and c.prefix_start > c.prefix_len,
          f"--prefix_start {c.prefix_start} lies above --prefix_len {c.prefix_len}"),
-        (c.schedule == "adaptive" and c.loss == "cross_entropy",
+        (c.schedule == "adaptive" and not c.scored,
          "--schedule adaptive follows the KL to the teacher, which is not available with --loss cross_entropy"),
         (c.schedule == "adaptive" and c.window not in ("prefix", "first"),
          f"--schedule adaptive follows the end of the prefix: it needs --window prefix or first, found {c.window}"),
@@ -177,7 +183,7 @@ def read_prompts(config: Config) -> tuple[list[dict], list[dict]]:
 
 def load_pair(config: Config, resume_from: Path | None) -> Pair:
     device = choose_device(config.device)
-    config.dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    config.dtype = config.dtype or str(default_dtype(device)).removeprefix("torch.")
     files = ("*.json", "*.jinja") if config.init == "random" else ("*.json", "*.safetensors", "*.jinja")
     dtype, folder = getattr(torch, config.dtype), checkpoint_folder(config.student, files)
     tokenizer, teachers, vocab, stop_ids = load_tokenizers(
@@ -205,7 +211,7 @@ def load_pair(config: Config, resume_from: Path | None) -> Pair:
         if teacher:
             teacher.compile(dynamic=True)
         sampler.graphs = {} if device.type == "cuda" else None
-    stop_class = stop_ids if config.stop_class and config.loss != "cross_entropy" else ()
+    stop_class = stop_ids if config.stop_class else ()
     print(f"vocabulary {vocab:,} of {student.config.vocab_size:,} rows; stop tokens "
           + ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in stop_ids) + " (one class)" * (len(stop_class) > 1))
     return Pair(student, sampler, teacher, tokenizer, teachers, vocab, stop_ids, stop_class, dtype)
@@ -255,14 +261,15 @@ def grow(state: dict, kl: Tensor, position: Tensor, lens: Tensor, config: Config
     edge = kl[(position >= length // 2) & (position < length)]
     if not len(edge):
         return state
-    now = edge.double().mean().item()
+    edge_kl = edge.double().mean().item()
+    first = state.get("first", edge_kl)
     if state["smooth"] is None:  # the first step at this length
-        state = {"prefix_len": length, "smooth": now, "first": state.get("first", now), "lowest": now, "waited": -1}
-    smooth = 0.7 * state["smooth"] + 0.3 * now
+        state = {"prefix_len": length, "smooth": edge_kl, "first": first, "lowest": edge_kl, "waited": -1}
+    smooth = 0.7 * state["smooth"] + 0.3 * edge_kl
     fell = smooth < 0.95 * state["lowest"]
     waited, lowest = (0, smooth) if fell else (state["waited"] + 1, state["lowest"])
     reached = (lens >= length).double().mean() >= 0.25
-    if (waited >= 3 or now < 0.1 * state["first"]) and reached and length < config.prefix_len:
+    if (waited >= 3 or edge_kl < 0.1 * first) and reached and length < config.prefix_len:
         return {**state, "prefix_len": min(config.prefix_len, math.ceil(1.5 * length)), "smooth": None}
     return {**state, "smooth": smooth, "lowest": lowest, "waited": waited}
 
@@ -290,7 +297,7 @@ def respond(batch: list[dict], step: int, prefix_len: int, config: Config, pair:
     """
     generator = torch.Generator().manual_seed(config.seed + 104729 * (step + 1))
     seeds = torch.randint(2**63 - 1, (len(batch),), generator=generator).tolist()
-    where = torch.rand(len(batch), generator=generator, dtype=torch.float64)[rank() :: world()]
+    window_draw = torch.rand(len(batch), generator=generator, dtype=torch.float64)[rank() :: world()]
     cap = prefix_len if config.window == "prefix" else config.max_new_tokens
     by_teacher = len(batch) if config.rollout == "teacher" else round(config.mix * len(batch))
     mine, responses, flop = range(rank(), len(batch), world()), [], 0.0
@@ -311,10 +318,9 @@ def respond(batch: list[dict], step: int, prefix_len: int, config: Config, pair:
     rollout.flop = flop
     if config.window != "prefix":
         rest = (rollout.lens - prefix_len).clamp(min=0)  # tokens outside the window
-        start = {"first": rest * 0, "last": rest, "random": (where * (rest + 1)).long()}[config.window]
+        start = {"first": rest * 0, "last": rest, "random": (window_draw * (rest + 1)).long()}[config.window]
         rollout.supervised = torch.stack((start, (start + prefix_len).minimum(rollout.lens)), dim=1)
-    if config.teacher_prompt:
-        rollout.seen = rollout.behind([batch[i]["teacher_ids"] for i in mine])
+    rollout.for_teacher = rollout.behind([batch[i]["teacher_ids"] for i in mine])
     return rollout
 
 
@@ -341,12 +347,12 @@ def learning_rate(step: int, config: Config) -> float:
 
 def due(run: Run, config: Config) -> bool:
     """Whether to evaluate now: before the first step, every --eval_every steps, and after the last; not when
-    interrupted, and not what a resumed run has done already."""
-    if run.interrupted or any("eval" in r and r["step"] == run.step for r in run.records()):
-        return False
-    if run.step in (0, config.steps):  # random weights have nothing to measure
-        return run.step > 0 or (config.eval_every >= 0 and config.init == "pretrained")
-    return config.eval_every > 0 and run.step % config.eval_every == 0
+    interrupted, and not what a resumed run has done already. All ranks ask together."""
+    if run.step == 0:
+        wanted = config.eval_every >= 0 and config.init == "pretrained"  # random weights have nothing to measure
+    else:
+        wanted = run.step == config.steps or (config.eval_every > 0 and run.step % config.eval_every == 0)
+    return wanted and not run.stopping() and not any("eval" in r and r["step"] == run.step for r in run.records())
 
 
 def train(config: Config) -> None:
@@ -370,10 +376,9 @@ def distill(config: Config, resume_from: Path | None) -> None:
     pair = load_pair(config, resume_from)
     prepare_prompts(config, rows, test, pair)
     student, teacher, device = pair.student, pair.teacher, pair.sampler.device
-    scored = config.loss != "cross_entropy"  # which needs no teacher
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     loss_options = {"loss": config.loss, "temperature": config.temperature, "beta": config.beta, "top_k": config.top_k,
-                    "vocab": pair.vocab, "stop_ids": pair.stop_class}
+                    "vocab": pair.vocab, "stop_ids": pair.stop_class if config.scored else ()}
     autocast = {"device_type": device.type, "dtype": pair.dtype,
                 "enabled": pair.dtype.itemsize < 4 and config.shard == 1}  # --shard casts by itself
     inputs = {"file of --data": zlib.crc32(resolve(config.data, "train").read_bytes())}
@@ -382,19 +387,21 @@ def distill(config: Config, resume_from: Path | None) -> None:
         inputs["teacher's weights"] = fingerprint(checkpoint_folder(config.teacher))
     run = Run(config, pair, optimizer, resume_from, inputs)
     print(f"{len(rows):,} prompts, {len(test):,} held-out; {device}" + f", {world()} ranks" * (world() > 1))
-    if teacher is not None and resume_from is None:
-        first_rows = batch_of(rows, 0, config)[:8]
-        print("\n".join(preflight(pair, first_rows, config.prefix_len, config.temperature, config.seed)))
-
-    for name in (signal.SIGINT, signal.SIGTERM) if world() == 1 else (signal.SIGINT,):
-        signal.signal(name, run.interrupt)  # ends the run after this step
-    bar = tqdm(initial=run.step, total=config.steps, desc="train", disable=True if rank() else None)
     with say_what_to_change(run, config):
+        run.stage = "sampling"
+        if teacher is not None and resume_from is None:
+            first_rows = batch_of(rows, 0, config)[:8]
+            print("\n".join(preflight(pair, first_rows, config.prefix_len, config.temperature, config.seed)))
+
+        # A signal ends the run after its step. (torchrun's SIGTERM means that another rank has died: nothing to save.)
+        for name in (signal.SIGINT, signal.SIGTERM) if world() == 1 else (signal.SIGINT,):
+            signal.signal(name, run.interrupt)
+        bar = tqdm(initial=run.step, total=config.steps, desc="train", disable=True if rank() else None)
         while True:
             run.stage = "evaluation"
             if test and due(run, config):
                 examine(pair, test, config, run)
-            if run.interrupted or run.step == config.steps:
+            if run.stopping() or run.step == config.steps:
                 break
 
             # 1. sample: responses to this rank's prompts of the batch; sampling stops after prefix_len tokens
@@ -404,16 +411,16 @@ def distill(config: Config, resume_from: Path | None) -> None:
             sampled, parts = now(device), []
 
             run.stage = "learning"
-            for some in micro_batches:
+            for its_rows in micro_batches:
                 # 2. score: the teacher reads the same responses
                 hidden_t = head_t = None
-                if scored:
-                    tokens, at, _, _ = (rollout.seen or rollout).part(some, teacher.device)  # (b, T-1), (n,)
+                if config.scored:
+                    tokens, at, _, _ = rollout.for_teacher.part(its_rows, teacher.device)  # (b, T-1), (n,)
                     hidden_t = teacher(tokens).flatten(0, 1)[at].to(device)  # (n, H_t)
                     head_t = teacher.head.to(device)
 
                 # 3. learn: a token weighs 1 / (supervised tokens of the step), however the step is split
-                tokens, at, targets, position = rollout.part(some, device)
+                tokens, at, targets, position = rollout.part(its_rows, device)
                 with torch.autocast(**autocast):
                     hidden_s = student(tokens).flatten(0, 1)[at].to(pair.dtype)  # (n, H_s)
                 weights = torch.full((len(at),), 1 / n, device=device)
@@ -443,8 +450,11 @@ def distill(config: Config, resume_from: Path | None) -> None:
             seconds = {"seconds_sample": sampled - start, "seconds_learn": now(device) - sampled}
             record = log_step(run, pair, rollout, stats, seconds, prefix_len, grad_norm)
             show_progress(bar, record)
-            if run.interrupted or run.step == config.steps or (config.save_every and run.step % config.save_every == 0):
+            if run.step == config.steps or (config.save_every and run.step % config.save_every == 0):
                 run.save()
+        if run.step and run.saved != run.checkpoint:  # interrupted
+            run.stage = "saving"
+            run.save()
     bar.close()
     run.summarize()
 
@@ -453,10 +463,9 @@ def log_step(
     run: Run, pair: Pair, rollout: Rollout, stats: dict, seconds: dict, prefix_len: int, grad_norm: float
 ) -> dict:
     """Gather a step from all ranks, its statistics by token and the lengths of its responses, and write its record to
-    log.jsonl (data/readme.md explains the fields). Brings an interrupt to every rank, and the adaptive prefix on."""
-    ranks = gather({"stats": stats, "lens": rollout.lens, "finished": rollout.finished, "interrupted": run.interrupted,
+    log.jsonl (data/readme.md explains the fields). An adaptive prefix grows by them."""
+    ranks = gather({"stats": stats, "lens": rollout.lens, "finished": rollout.finished,
                     "flops": step_flops(pair, rollout, run.config)})
-    run.interrupted = any(r["interrupted"] for r in ranks)
     stats = {name: torch.cat([r["stats"][name] for r in ranks]) for name in ranks[0]["stats"]}
     lens, finished = (torch.cat([r[name] for r in ranks]) for name in ("lens", "finished"))
     flops = {name: sum(r["flops"][name] for r in ranks) for name in ranks[0]["flops"]}
@@ -468,7 +477,7 @@ def log_step(
         "kl_by_position": by_position(stats["kl"], stats["position"]) if "kl" in stats else {},
         "finish": finished.double().mean().item(), "response_len": lens.double().mean().item(), "tokens": n, **flops,
         **seconds, "tokens_per_s": n / took, "flop_per_s": sum(flops.values()) / took, "prefix_len": prefix_len,
-        "lr": learning_rate(run.step - 1, run.config), "grad_norm": grad_norm,
+        "lr": run.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm,
         "peak_memory": peak_memory(pair.sampler.device),
     }
     run.write(record)
@@ -495,14 +504,12 @@ def examine(pair: Pair, test: list[dict], config: Config, run: Run) -> None:
         temperature=config.temperature, slots=config.eval_batch_size,
     )
     said = f"P(finish) {record['finish']:.3f}, mean length {record['mean_len']:,.0f}"
-    if config.eval_problems:
+    if "accuracy" in record:
         said = f"accuracy {record['accuracy']:.3f} (95%: {record['low']:.3f} to {record['high']:.3f}), {said}"
-    else:
-        record = {k: v for k, v in record.items() if k not in ("accuracy", "low", "high", "accuracy_given_finish")}
     if config.eval_kl and pair.teacher is not None:
         prompts, responses = [row["prompt_ids"] for row in test], [answer["ids"] for answer in answers]
         rollout = Rollout.of(prompts[: config.eval_kl], responses[: config.eval_kl], pair.stop_ids)
-        rollout.seen = rollout.behind([row["teacher_ids"] for row in test[: config.eval_kl]])
+        rollout.for_teacher = rollout.behind([row["teacher_ids"] for row in test[: config.eval_kl]])
         stats = score(rollout, pair.sampler, pair.teacher, stop_ids=pair.stop_class, temperature=config.temperature,
                       micro_tokens=config.micro_tokens)
         kl, position, prefix_len = stats["kl"], stats["position"], prefix_len_at(run.step, config, run.adaptive)
@@ -511,8 +518,8 @@ def examine(pair: Pair, test: list[dict], config: Config, run: Run) -> None:
         said += f", KL to the teacher {record['kl']:.4f} nats per token"
         if run.step == 0:
             said += f"; the first {prefix_len:,} tokens hold {record['kl_in_prefix']:.0%} of it"
-        read, heads = rollout.prompt_lens + rollout.lens - 1, rollout.num_supervised()
-        rollout.flop = count_flops(pair.student.config, read, heads)
+        read = rollout.prompt_lens + rollout.lens - 1
+        rollout.flop = count_flops(pair.student.config, read, rollout.num_supervised())
         record["flop_per_whole_response"] = sum(step_flops(pair, rollout, config).values()) / len(rollout.lens)
     pair.sampler.cache = None  # larger than a training step's
     run.write({"step": run.step, "eval": "sampled", **record, "seconds": time.perf_counter() - start})
@@ -561,18 +568,19 @@ def say_what_to_change(run: Run, config: Config):
         if run.step and world() == 1 and not (out_of_memory and run.stage == "the optimizer's step"):  # half made
             run.save()
         kept = f"the last state saved is {run.saved}" if run.saved else "nothing was saved"
-        again = "Start another run from there (--student)" if run.saved else "Start again (--overwrite)"
+        mend = f"with a lower --micro_tokens (it was {config.micro_tokens}), or with --recompute"
         if not out_of_memory:
             mend = "with a lower --lr, or with --dtype float32"
         elif run.stage == "evaluation":
-            mend = "with a lower --eval_batch_size"
+            mend = "with a lower --eval_batch_size or --micro_tokens"
         elif run.stage == "sampling":
             mend = "with a lower --batch_size or --prefix_len"
-        else:
-            again = "Go on (--resume)" if run.saved else again
-            mend = f"with a lower --micro_tokens (it was {config.micro_tokens}), or with --recompute"
+        changes_the_run = not out_of_memory or run.stage == "sampling"
+        again = "Start again (--overwrite)" if not run.saved else (
+            "Start another run from there (--student)" if changes_the_run else "Go on (--resume)")
         what = f"out of memory in {run.stage}" if out_of_memory else error
-        raise InputError(f"step {run.step + (run.stage != 'evaluation')}: {what}; {kept}. {again} {mend}") from None
+        step = run.step + (run.stage not in ("evaluation", "saving"))
+        raise InputError(f"step {step}: {what}; {kept}. {again} {mend}") from None
 
 
 # --- what a step costs
@@ -581,11 +589,11 @@ def say_what_to_change(run: Run, config: Config):
 def step_flops(pair: Pair, rollout: Rollout, config: Config) -> dict[str, float]:
     """Matmul FLOP of a step on this rollout, of the tokens really processed, padding not counted. What --recompute
     computes twice is counted once."""
-    heads, scored = rollout.num_supervised(), config.loss != "cross_entropy"
-    read, read_t = (r.prompt_lens + r.supervised[:, 1] - 1 for r in (rollout, rollout.seen or rollout))
+    read, read_t = (r.prompt_lens + r.supervised[:, 1] - 1 for r in (rollout, rollout.for_teacher))
+    n = rollout.num_supervised()
     return {"flop_sample": rollout.flop,
-            "flop_teacher": count_flops(pair.teacher.config, read_t, heads) if scored else 0.0,
-            "flop_student": 3 * count_flops(pair.student.config, read, heads)}
+            "flop_teacher": count_flops(pair.teacher.config, read_t, n) if config.scored else 0.0,
+            "flop_student": 3 * count_flops(pair.student.config, read, n)}
 
 
 def plan(config: Config) -> dict[str, float]:
@@ -622,9 +630,9 @@ def plan(config: Config) -> dict[str, float]:
         "activations kept for backward": tokens * (4 * H * layers + block if config.recompute else block * layers)}
     teacher = f"; teacher {config.teacher}: {P_t:,}" if P_t else ""
     print(f"student {config.student}: {P:,} parameters{teacher}"
-          f"\nassumed: prompts of {prompt} tokens, whole responses of {whole}, {rows} of {config.batch_size} rows per "
-          f"device, micro-batches of {config.micro_tokens} tokens, {size} bytes per number in forward passes\n\n"
-          "memory of a device, GB")
+          f"\nassumed: prompts of {prompt} tokens ({prompt_t} to the teacher), whole responses of {whole}, {rows} of "
+          f"{config.batch_size} rows on a device, micro-batches of {config.micro_tokens} tokens, {size}-byte numbers "
+          "in forward passes\n\nmemory of a device, GB")
     found = {f"while {name}": sum(always.values()) + sum(more.values())
              for name, more in (("sampling", sampling), ("learning", learning))}
     for part, b in (always | sampling | learning | {f"in all, {name}": b for name, b in found.items()}).items():
@@ -637,7 +645,7 @@ def plan(config: Config) -> dict[str, float]:
         wrote, read, read_t = (torch.tensor([n - 1.0]) for n in (
             (prompt_t if writer is t else prompt) + sampled, prompt + end, prompt_t + end))
         return [count_flops(writer, wrote, sampled) if writer is not None else 0.0,
-                count_flops(t, read_t, cut) if config.loss != "cross_entropy" else 0.0, 3 * count_flops(s, read, cut)]
+                count_flops(t, read_t, cut) if config.scored else 0.0, 3 * count_flops(s, read, cut)]
 
     writer = writers[0] if writers else None
     by_teacher = flops(t, whole) if config.mix else [0.0] * 3

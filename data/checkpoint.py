@@ -71,8 +71,8 @@ def checkpoint_folder(path: str | Path, files: tuple[str, ...] = ("*.json", "*.s
 
 
 def load_config(folder: str | Path, any_family: bool = False):
-    """The transformers configuration of a checkpoint folder. any_family: also of one that model.py does not compute, for
-    a teacher. Raises InputError naming config.json and what is wrong."""
+    """The transformers configuration of a checkpoint folder. any_family: also one that model.py does not compute, for a
+    teacher. Raises InputError naming config.json and what is wrong."""
     from transformers import AutoConfig
 
     file = Path(folder) / "config.json"

@@ -30,9 +30,10 @@ except ImportError:  # Windows: no lock there
 
 KEEP = 2  # checkpoints of a run that stay
 LOCK = ".train.lock"
-# Flags that may change between a run and its resumption. Those of the second line change the last bits at most.
+# Flags that may change between a run and its resumption. Those from `device` on change the last bits at most.
 MAY_CHANGE = {"steps", "eval_every", "save_every", "resume", "overwrite", "out_dir", "plan", "world",
-              "device", "teacher_device", "micro_tokens", "recompute", "compile", "shard", "shard_teacher"}
+              "device", "teacher_device", "micro_tokens", "eval_batch_size", "recompute", "compile", "shard",
+              "shard_teacher"}
 
 
 def restore_flags(config) -> Path:
@@ -205,6 +206,11 @@ class Run:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
+    def stopping(self) -> bool:
+        """Whether any rank was interrupted; all ask together."""
+        self.interrupted = any(gather(self.interrupted))
+        return self.interrupted
+
     def write(self, record: dict) -> None:
         if rank() == 0:
             with open(self.log, "a", encoding="utf-8") as file:
@@ -214,10 +220,15 @@ class Run:
         """The log as rank 0 sees it, on every rank."""
         return gather(read_log(self.log) if rank() == 0 and self.log.is_file() else [])[0]
 
+    @property
+    def checkpoint(self) -> Path:
+        """Where the run's state after this step belongs."""
+        return self.out / f"step_{self.step:06d}"
+
     def save(self) -> None:
         """Write out_dir/step_NNNNNN: a Hugging Face folder plus what resuming needs. It appears whole or not at all.
         All ranks call it, since a sharded student is collected from all; rank 0 writes, and the others wait for it."""
-        final, temporary = self.out / f"step_{self.step:06d}", self.out / f".step_{self.step:06d}.incomplete"
+        final, temporary = self.checkpoint, self.checkpoint.with_name(f".{self.checkpoint.name}.incomplete")
         names = {p: name for name, p in self.student.named_parameters()}
         weights = collect({name: p for p, name in names.items()})
         moments = collect({f"{names[p]}.{key}": value for p, state in self.optimizer.state.items()
@@ -274,6 +285,9 @@ class Run:
         """Print a run's last block from its log: what was learned and what it cost."""
         records = self.records()
         steps, evals = [r for r in records if "loss" in r], [r for r in records if "eval" in r]
+        if not steps:
+            print("interrupted before the first step; start again with --overwrite")
+            return
         first, final, config = steps[0], steps[-1], self.config
         note = " (interrupted; go on with --resume)" if self.interrupted else ""
         print(f"\nafter {final['step']} step{'s' * (final['step'] > 1)}{note}: loss {first['loss']:.4f} -> "

@@ -34,7 +34,8 @@ def test_bootstrap_and_wilson_agree_where_both_hold():
 
 def test_a_summary_counts_what_it_says():
     def record(problem, correct, finished, tokens, extracted):
-        return {"problem": problem, "correct": correct, "finished": finished, "tokens": tokens, "extracted": extracted}
+        return {"problem": problem, "answer": "1", "correct": correct, "finished": finished, "tokens": tokens,
+                "extracted": extracted}
 
     s = evaluation.summarize([record(0, True, True, 10, "1"), record(0, False, False, 50, None),
                               record(1, True, True, 20, "1"), record(1, True, True, 30, "1")], 2)

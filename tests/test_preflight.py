@@ -56,7 +56,8 @@ def check(tokenizer):
         models = [markov(dict(zip((end_of_prompt, *tokens), tokens))) for tokens in (student, teacher)]
         pair = Pair(None, *models, tokenizer, teacher_tokenizer, VOCAB, stop_ids, stop_ids if stop_class else (),
                     torch.float32)
-        row = {"prompt": PROMPT, "prompt_ids": tokenizer.encode_prompt(PROMPT)}
+        ids = tokenizer.encode_prompt(PROMPT)
+        row = {"prompt": PROMPT, "prompt_ids": ids, "teacher_ids": ids}
         lines = preflight(pair, [row] * 3, prefix_len=20, temperature=1.0, seed=0)
         warnings = [line.removeprefix("WARNING: ") for line in lines if line.startswith("WARNING: ")]
         return lines[: len(lines) - len(warnings)], warnings

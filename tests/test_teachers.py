@@ -104,11 +104,11 @@ def test_the_teacher_writes_behind_its_own_prompt_and_the_student_learns_behind_
     seeds = torch.randint(2**63 - 1, (5,), generator=torch.Generator().manual_seed(1337 + 104729)).tolist()
     alone = generate(pair.teacher, [row["teacher_ids"] for row in rows], 30, pair.stop_ids, seeds=seeds)
     for i, row in enumerate(rows):
-        assert rollout.response(i) == alone.response(i) == rollout.seen.response(i)
+        assert rollout.response(i) == alone.response(i) == rollout.for_teacher.response(i)
         assert rollout.tokens[i, : rollout.prompt_lens[i]].tolist() == row["prompt_ids"] != row["teacher_ids"]
-        assert rollout.seen.tokens[i, : rollout.seen.prompt_lens[i]].tolist() == row["teacher_ids"]
+        assert rollout.for_teacher.tokens[i, : rollout.for_teacher.prompt_lens[i]].tolist() == row["teacher_ids"]
     flops = train.step_flops(pair, rollout, config)
-    rollout.seen = None
+    rollout.for_teacher = rollout
     assert flops["flop_teacher"] > train.step_flops(pair, rollout, config)["flop_teacher"]
 
 

@@ -195,3 +195,20 @@ def test_recomputed_blocks_give_the_same_gradient_from_less_memory(family):
         saved.append(sum(sizes))
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*grads)) and saved[1] < saved[0] / 3
+
+
+def test_a_tied_configuration_with_a_head_of_its_own_is_read_as_transformers_reads_it(tmp_path):
+    for family, equal in (("qwen3-tied", False), ("qwen2", False), ("llama-biases", True)):
+        folder = tmp_path / family
+        live(FAMILIES[family], seed=4).save_pretrained(folder)
+        weights = load_file(folder / "model.safetensors")
+        embedding = weights["model.embed_tokens.weight"]
+        weights["lm_head.weight"] = embedding.clone() if equal else embedding.flip(0).contiguous()
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        model, reference = Transformer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+        tokens = torch.arange(40).view(2, 20)
+        assert torch.allclose(model(tokens) @ model.head.T, reference(tokens).logits, rtol=1e-4, atol=1e-4), family
+        assert model.config.tie_word_embeddings == equal
+        model.save_pretrained(folder / "again")
+        again = Transformer.from_pretrained(folder / "again")
+        assert torch.equal(again(tokens) @ again.head.T, model(tokens) @ model.head.T)

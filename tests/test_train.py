@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
@@ -457,6 +457,46 @@ def test_sample_shows_both_models_side_by_side(capsys):
     sample.main(parse_flags(sample.Config, "", ["--data", "chains", "--max_new_tokens", "150"]))
     said = capsys.readouterr().out
     assert all(text in said for text in ("chains/teacher\n", "chains/student\n", "#### 14\n", " tok/s]"))
+
+
+def altered(source: Path, folder: Path, rows: int | None = None, **settings) -> Path:
+    """A copy of an embedded checkpoint, with other settings, and with only the first rows of its head."""
+    shutil.copytree(source, folder)
+    config = read_json(folder / "config.json") | settings | ({"vocab_size": rows} if rows else {})
+    (folder / "config.json").write_text(json.dumps(config))
+    if rows:
+        weights = load_file(folder / "model.safetensors")
+        weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:rows].clone()
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("who", [("student",), ("teacher",), ("student", "teacher")])
+def test_a_token_beyond_the_head_is_no_token(tmp_path, who, capsys):
+    """`[PAD]`, which somebody added to the tokenizer, and for which the head has no row."""
+    flags = []
+    for name in ("student", "teacher"):
+        folder = altered(HERE / "chains" / name, tmp_path / name, 644)
+        if name in who:
+            spec = json.loads((folder / "tokenizer.json").read_text())
+            switches = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            spec["added_tokens"].append({"id": 644, "content": "[PAD]", "special": True, **switches})
+            (folder / "tokenizer.json").write_text(json.dumps(spec))
+        flags += [f"--{name}", folder]
+    run(*TINY, "--steps", "1", *flags, "--out_dir", tmp_path / "out")
+    assert "vocabulary 644 of 644 rows" in capsys.readouterr().out
+
+
+def test_a_cap_that_nobody_typed_is_what_the_model_has_room_for(tmp_path, capsys):
+    short = altered(STUDENT, tmp_path / "short", max_position_embeddings=200)
+    run(*TINY[:-2], "--student", short, "--steps", "1", "--out_dir", tmp_path / "out")
+    assert re.search(r"--max_new_tokens 1\d\d: as much as fits behind the longest prompt", capsys.readouterr().out)
+    flags = ["--model", str(short), "--data", "chains"]
+    evaluation.main(parse_flags(evaluation.Config, "", [*flags, "--num_problems", "2"]))
+    sample.main(parse_flags(sample.Config, "", flags))
+    assert capsys.readouterr().out.count("as much as fits") == 2
+    with pytest.raises(InputError, match=r"--max_new_tokens 190 and the longest prompt \(row \d+, \d+ tokens\) exceed"):
+        run(*TINY, "--max_new_tokens", "190", "--student", short, "--out_dir", tmp_path / "again")
 
 
 # --- bad input: one line, status 2

@@ -122,9 +122,9 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize("more", [("--mix", "0.5", "--schedule", "linear"), ("--dtype", "float32", "--recompute"),
-                                  ("--compile",)])
+                                  pytest.param(("--compile",), marks=simulated)])  # tests/card.sh has the real one
 def test_a_run_and_its_resumption(tmp_path, run, more, monkeypatch, capsys):
-    if not real:  # the simulated device has graphs of decode steps, and no compiler
+    if "--compile" in more:  # the simulated device has graphs of decode steps, and no compiler
         monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
     data, checkpoint = tmp_path / "rows.jsonl", tmp_path / "run/step_000003"
     with device():
@@ -182,6 +182,12 @@ def test_attention_is_not_cudnns():
     with device():
         choose_device("cuda")
         assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_the_gpu_of_a_mac_is_refused_by_name():
+    with pytest.raises(InputError, match="--device mps: cannot be used, since the loss adds in float64.*--device cpu"):
+        choose_device("mps")
+    assert choose_device("").type == ("cuda" if real else "cpu")  # not chosen either
 
 
 @simulated

@@ -4,6 +4,7 @@ The tokenizers are trained here on this repository's own texts; no real model's 
 """
 
 import json
+import os
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from data import HERE, InputError
 from data.tokenizer import Clock, Tokenizer, as_trained, check_rendering, resume_clock
 
+REAL = Path(os.environ.get("SMOLLM2", HERE.parent.parent / "smollm2"))  # made by ../shared/models/get_smollm2.sh
+QUESTIONS = HERE.parent.parent / "shared/data/gsm8k/test.jsonl"
 PROSE = [p.read_text(encoding="utf-8") for p in (HERE.parent / "README.md", HERE / "answers.py")] + [
     "zqx helloworld zzq zq azqx"]
 TEXTS = [
@@ -152,6 +155,22 @@ def test_a_difference_from_transformers_is_told_before_anything_is_trained(made)
     check_rendering(tokenizer, ["hello"])
     with pytest.raises(InputError, match="from token 0 on, 'Hello world' has ids .* transformers 5"):
         check_rendering(tokenizer, ["hello", "Hello world"])
+
+
+@pytest.mark.skipif(not (REAL / "tokenizer.json").is_file(), reason="no real model's tokenizer is committed")
+@pytest.mark.parametrize("template", [None, "after special", "rstrip", "lines"])
+def test_a_real_tokenizer_agrees_with_transformers(tmp_path, template):
+    for file in REAL.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    if template:
+        text = TEMPLATES[template].replace("<|user|>", "<|im_start|>user").replace("</s>", "<|im_end|>")
+        (tmp_path / "chat_template.jinja").write_text(text)
+    tokenizer, reference = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    questions = [json.loads(line)["question"] for line in QUESTIONS.open()][:300] if QUESTIONS.is_file() else []
+    assert tokenizer.encoding is not None and tokenizer.chats()
+    for text in TEXTS + PROSE + questions:
+        assert tokenizer.encode_prompt(text) == theirs(reference, text), text
+        assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False)
 
 
 # --- tiktoken or not

@@ -250,9 +250,8 @@ def check_rendering(tokenizer: Tokenizer, prompts: list[str]) -> None:
             at = len(os.path.commonprefix([ours, theirs]))
             raise InputError(
                 f"{tokenizer.folder}: from token {at} on, {prompt[:50]!r} has ids {ours[at:][:5]} by tokenizer.json "
-                f"and {theirs[at:][:5]} by transformers {transformers.__version__}. Try another version of it, or, if "
-                'tokenizer.json is right, write "tokenizer_class": "PreTrainedTokenizerFast" into tokenizer_config.json'
-            )
+                f"and {theirs[at:][:5]} by transformers {transformers.__version__}. Another version of it may agree, "
+                'as may this one with "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json')
 
 
 def resume_clock(state: dict) -> None:

@@ -76,10 +76,11 @@ def load_tokenizers(
     return ours, teachers, vocab, tuple(sorted(i for i in stop_ids if i < vocab))
 
 
-def encode_prompts(rows: list[dict], tokenizer: Tokenizer, where: str, template: str = "",
+def encode_prompts(rows: list[dict], tokenizer: Tokenizer, vocab: int, where: str, template: str = "",
                    teacher_tokenizer: Tokenizer | None = None) -> None:
     """Add `prompt_ids` to rows, and `teacher_ids`, what a teacher reads before the response: the same ids, or a
-    template whose {fields} are the row's, rendered by the teacher's own tokenizer. where: the flag that names the rows.
+    template whose {fields} are the row's, rendered by the teacher's own tokenizer. vocab: how many ids the models know.
+    where: the flag that names the rows, for messages.
     """
     fields = re.findall(r"\{(\w+)\}", template)
     if template and not fields:
@@ -95,6 +96,9 @@ def encode_prompts(rows: list[dict], tokenizer: Tokenizer, where: str, template:
         if template:
             text = re.sub(r"\{(\w+)\}", lambda found, row=row: row[found[1]], template)
             row["teacher_ids"] = teacher_tokenizer.encode_prompt(text)
+        if (unknown := max(row["prompt_ids"] + row["teacher_ids"])) >= vocab:
+            raise InputError(f"{where}, row {number}: its token {unknown} {tokenizer.decode([unknown])!r} lies beyond the "
+                             f"{vocab} that the models know")
 
 
 # --- accuracy
@@ -343,7 +347,7 @@ def load_models(config: Config, teacher: str = "", need: tuple[str, ...] = ("pro
         tokenizer, teachers, vocab, stop_ids = load_tokenizers(
             folder, teacher, chat=config.chat, system=config.system, thinking=config.thinking,
             stop_tokens=config.stop_tokens)
-    encode_prompts(rows, tokenizer, "--data", config.teacher_prompt if teacher else "", teachers)
+    encode_prompts(rows, tokenizer, vocab, "--data", config.teacher_prompt if teacher else "", teachers)
     models = {path: Transformer.for_reading(path, device, vocab) for path in paths}
     scorer = load_teacher(teacher, device, vocab) if teacher else None
     for model in filter(None, (*models.values(), scorer)):

@@ -36,7 +36,7 @@ from data.checkpoint import checkpoint_folder, head_dim_of, load_config
 from data.flags import check_flags, flag, parse_flags
 from data.ranks import add_up, full, gather, join, rank, world
 from data.run import Run, claim, fingerprint, restore_flags
-from data.tokenizer import check_rendering
+from data.tokenizer import Clock, check_rendering
 from eval import Pair, by_position, encode_prompts, evaluate, load_tokenizers, preflight, score
 from loss import CHUNK_ROWS, LOSSES, distill_loss
 from model import Transformer, choose_device, count_flops, count_parameters, default_dtype, load_teacher, shard
@@ -220,7 +220,7 @@ def load_pair(config: Config, resume_from: Path | None) -> Pair:
 def prepare_prompts(config: Config, rows: list[dict], test: list[dict], pair: Pair) -> None:
     """Add the ids of prompts (and solutions) to the rows; both models must have room for what will be written."""
     for some, where in ((rows, "--data"), (test, "--eval_data" if config.eval_data else "--data")):
-        encode_prompts(some, pair.tokenizer, where, config.teacher_prompt, pair.teacher_tokenizer)
+        encode_prompts(some, pair.tokenizer, pair.vocab, where, config.teacher_prompt, pair.teacher_tokenizer)
     for tokenizer in filter(None, (pair.tokenizer, pair.teacher_tokenizer)):
         check_rendering(tokenizer, [row["prompt"] for row in rows[:8]])
     for row in rows if config.rollout == "data" else ():
@@ -372,6 +372,7 @@ def train(config: Config) -> None:
 
 def distill(config: Config, resume_from: Path | None) -> None:
     """The run: what it needs, then its steps."""
+    Clock.moment = gather(Clock.moment)[0]  # chat templates see one time on all ranks
     rows, test = read_prompts(config)  # before the models, which may have to be downloaded
     pair = load_pair(config, resume_from)
     prepare_prompts(config, rows, test, pair)

@@ -31,11 +31,12 @@ def split_pattern(pre_tokenizer: dict) -> str | None:
 
 
 def merges_make_all(vocab: dict[str, int], merges: list[tuple[str, str]], ignore_merges: bool) -> bool:
-    """Whether merging any two neighbours that make an entry, as tiktoken does, is to follow the list of merges.
+    """Whether to follow the list of merges, as tokenizers does, is to do what tiktoken does: merge any two neighbours
+    that form a token, the one of the lowest id first.
 
-    It is if the merges make every entry out of its own characters: two neighbours within a text come about as they do
-    within the entry alone. With ignore_merges an entry is also found whole, without them; it may then do without if
-    all ways to make it of two others are in the list.
+    It is if the merges build every token from its own characters, since within a text these merge in the same order.
+    With ignore_merges a token that is not built is found as well, where it is a whole piece; this is the same if all
+    ways to split it in two are in the list.
     """
     plain, listed = tokenizers.models.BPE(vocab, merges), set(merges)
     for token in vocab:
@@ -46,14 +47,12 @@ def merges_make_all(vocab: dict[str, int], merges: list[tuple[str, str]], ignore
     return True
 
 
-def build_encoding(
-    spec: dict, added: dict[int, tokenizers.AddedToken],
-) -> tuple[tiktoken.Encoding | None, str]:
+def build_encoding(spec: dict, added: dict[int, tokenizers.AddedToken]) -> tuple[tiktoken.Encoding | None, str]:
     """The BPE of a tokenizer.json as a tiktoken.Encoding, or None and the reason why tiktoken would give other ids.
     added: all added tokens, also those of other files."""
     model, pattern, alphabet = spec["model"], split_pattern(spec.get("pre_tokenizer") or {}), byte_alphabet()
-    if model.get("type") != "BPE":
-        return None, "it is no byte-level BPE"
+    if "merges" not in model:
+        return None, "it is no BPE"
     special = {token.content: i for i, token in added.items()}
     vocab = {token: i for token, i in model["vocab"].items() if token not in special}
     if not all(c in alphabet for token in vocab for c in token):
@@ -71,7 +70,7 @@ def build_encoding(
     # tiktoken applies the merge whose result has the lowest id; tokenizers the merge that is listed first.
     ids = [vocab.get(a + b, -1) for a, b in merges]
     if ids != sorted(ids) or len({*vocab.values(), *special.values()}) < len(vocab) + len(special):
-        return None, "its merges are not in the order of its ids"
+        return None, "its merges are not in the order of its ids, or two tokens share one"
     if not merges_make_all(vocab, merges, bool(model.get("ignore_merges"))):
         return None, "its merges do not make all of its tokens"
     ranks = {bytes(alphabet[c] for c in token): i for token, i in vocab.items()}

@@ -1,6 +1,5 @@
-"""Checkpoint folders and what stands in them beside the weights: which are accepted, which files hold the weights, and
-what a checkpoint of ours says about itself. Needs no model.
-"""
+"""Which checkpoint folders and configurations are accepted, which files hold the weights, and what a checkpoint of ours
+says about itself. Needs no model."""
 
 import difflib
 import json
@@ -28,8 +27,8 @@ def check_config(config) -> None:
         raise InputError(f"num_attention_heads {config.num_attention_heads} must be a multiple of num_key_value_heads "
                          f"{config.num_key_value_heads}")
     rope = config.rope_parameters or {}
-    needed = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-              "yarn": ("factor",)}
+    needed = {"default": (), "linear": ("factor",), "yarn": ("factor",),
+              "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     kind = rope.get("rope_type", "default")
     if kind not in needed:
         raise InputError(f"rope_type {kind!r} is not supported ({', '.join(needed)} are)")
@@ -92,8 +91,9 @@ def load_config(folder: str | Path, any_family: bool = False):
             check_config(config)
         except InputError as error:
             raise InputError(f"{file}: {error}") from None
-    if original := fields.get("original_max_position_embeddings"):
-        config.rope_parameters["original_max_position_embeddings"] = original  # which transformers prefers, too
+    original = fields.get("original_max_position_embeddings")
+    if original and (config.rope_parameters or {}).get("rope_type") in ("llama3", "yarn"):
+        config.rope_parameters["original_max_position_embeddings"] = original  # this one counts in transformers, too
     return config
 
 

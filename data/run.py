@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data import InputError, parse_object, read_json, reading
+from data.checkpoint import weight_files
 from data.ranks import collect, gather, like, rank
 from data.tokenizer import resume_clock
 
@@ -161,7 +162,7 @@ def read_log(log: Path) -> list[dict]:
 def fingerprint(folder: Path) -> list[list]:
     """Identifies a checkpoint's weights: name, size and a checksum of the last megabyte of each file."""
     found: list[list] = []
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         with open(file, "rb") as handle:
             handle.seek(max(0, file.stat().st_size - 2**20))
             found.append([file.name, file.stat().st_size, zlib.crc32(handle.read())])

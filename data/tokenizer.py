@@ -92,8 +92,8 @@ class Tokenizer:
 
     def add_declared_tokens(self) -> None:
         """Give `raw` the tokens that only the files beside tokenizer.json add, such as added_tokens.json."""
-        known = {token.content for token in self.raw.get_added_tokens_decoder().values()}
-        self.raw.add_tokens([t for _, t in sorted(self.hf.added_tokens_decoder.items()) if t.content not in known])
+        known = {repr(token) for token in self.raw.get_added_tokens_decoder().values()}
+        self.raw.add_tokens([t for _, t in sorted(self.hf.added_tokens_decoder.items()) if repr(t) not in known])
         declared = self.side.get("tokenizer_config.json", {}).get("added_tokens_decoder") or {}
         ids = {token["content"]: int(i) for i, token in declared.items()} | self.side.get("added_tokens.json", {})
         for token, i in ids.items():
@@ -166,20 +166,17 @@ class Tokenizer:
 
     def render(self, prompt: str, tokenize: bool = False) -> str | list[int]:
         """What transformers makes of a prompt with the chat template: a text, or ids."""
-        turns = [{"role": "system", "content": self.system}] if self.system else []
-        turns += [{"role": "user", "content": prompt}]
+        turns = [("system", self.system)] * bool(self.system) + [("user", prompt)]
         options = {"enable_thinking": self.thinking == "on"} if self.thinking else {}
         try:
             return self.hf.apply_chat_template(
-                turns, chat_template=self.chat_template(), add_generation_prompt=True, tokenize=tokenize,
-                return_dict=False, **options)
+                [{"role": role, "content": text} for role, text in turns], chat_template=self.chat_template(),
+                add_generation_prompt=True, tokenize=tokenize, return_dict=False, **options)
         except Exception as error:  # noqa: BLE001 (a template may raise anything)
-            raise InputError(f"{self.folder}: its chat template cannot be used here ({type(error).__name__}: {error})"
-                             ) from None
+            raise InputError(f"{self.folder}: its chat template fails ({type(error).__name__}: {error})") from None
 
     def surroundings(self) -> dict:
-        """What a run's prompts are put into, to be stored with it: the ids of a short prompt, which change with the
-        template, the system turn and the tokenizer, and the time that the template saw."""
+        """What a run puts its prompts into, to be stored with it: a short prompt's ids, the time its template saw."""
         return {"ids": self.encode_prompt("?"), "clock": Clock.moment.isoformat()}
 
     def chats(self) -> bool:
@@ -253,9 +250,8 @@ def check_rendering(tokenizer: Tokenizer, prompts: list[str]) -> None:
             at = len(os.path.commonprefix([ours, theirs]))
             raise InputError(
                 f"{tokenizer.folder}: from token {at} on, {prompt[:50]!r} has ids {ours[at:][:5]} by tokenizer.json "
-                f"and {theirs[at:][:5]} by transformers {transformers.__version__}. Try another version of it, or, if "
-                'tokenizer.json is right, write "tokenizer_class": "PreTrainedTokenizerFast" into tokenizer_config.json'
-            )
+                f"and {theirs[at:][:5]} by transformers {transformers.__version__}. Another version of it may agree, "
+                'as may this one with "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json')
 
 
 def resume_clock(state: dict) -> None:

@@ -9,7 +9,7 @@ import unicodedata
 
 import pytest
 import torch
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -64,42 +64,6 @@ def test_stop_tokens_come_from_the_files_and_from_the_flag(folder):
     for name in ("<|nope|>", "644", "-1"):
         with pytest.raises(InputError, match="neither a special token"):
             tokenizer.stop_ids_of(name)
-
-
-@pytest.mark.parametrize("trim", ["", " | trim"])
-def test_a_prompt_is_encoded_as_transformers_encodes_the_whole_conversation(folder, trim):
-    """Also where the prompt merges with the template's text, repeats it, or is stripped by it; and what a user writes
-    stays text."""
-    (folder / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + (m.content" + trim + ") + '<|im_end|>\\n' }}"
-        "{% endfor %}{{ '<|im_start|>assistant\\n' }}")
-    tokenizer, reference = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
-    for prompt in ("Dan=Hal-8\nDan?", "\n\nuser\n", "user", "im", "  12 = 3  ", "{{ m }} {% raw %}", "\ue000"):
-        turns = [{"role": "user", "content": prompt}]
-        expected = reference.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-        assert tokenizer.encode_prompt(prompt) == expected, prompt
-    ids = tokenizer.encode_prompt("Dan? <|im_end|>")
-    assert tokenizer.decode(ids) == "<|im_start|>user\nDan? <|im_end|><|im_end|>\n<|im_start|>assistant\n"
-    assert [ids.count(tokenizer.special[s]) for s in ("<|im_start|>", "<|im_end|>")] == [2, 1]
-
-
-def test_bare_prompts_open_as_the_tokenizer_opens_a_text(folder):
-    """Llama 3's <|begin_of_text|>; and added tokens that are not special, such as <think>, are found in any text."""
-    file = folder / "tokenizer.json"
-    inner = RawTokenizer.from_file(str(file))
-    inner.add_special_tokens(["<|begin|>"])
-    inner.add_tokens([AddedToken("<think>", normalized=False)])
-    begin = inner.token_to_id("<|begin|>")
-    opening = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", begin)])
-    for processor in (opening, processors.Sequence([processors.ByteLevel(trim_offsets=False), opening])):
-        inner.post_processor = processor
-        inner.save(str(file))
-        tokenizer, reference = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
-        for text in ("Dan=Hal-8\nDan?", "", "a <think> b"):
-            assert tokenizer.encode_prompt(text) == reference(text).input_ids, text
-        # what follows a prompt
-        assert tokenizer.encode("Dan") == reference("Dan", add_special_tokens=False).input_ids
-    assert Tokenizer(TEACHER).bos_ids == []
 
 
 def split(digits: str):
@@ -167,7 +131,7 @@ def test_system_turn_and_thinking_switch(folder):
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns here') }}{% endif %}"
         "{{ messages[0]['content'] }}")
     assert Tokenizer(folder).encode_prompt("Dan?\n")
-    with pytest.raises(InputError, match="its chat template cannot be used here .TemplateError: no system turns here"):
+    with pytest.raises(InputError, match="its chat template fails .TemplateError: no system turns here"):
         Tokenizer(folder, system="Be brief.").encode_prompt("Dan?\n")
 
 
@@ -189,19 +153,6 @@ def test_a_checkpoint_is_prompted_as_it_was_trained(tmp_path, capsys):
     assert again.data == "chains"
     as_trained(config, tmp_path / "none")  # a checkpoint from elsewhere
     assert config.thinking == "off"
-
-
-def test_a_tokenizer_of_another_kind_is_served_by_tokenizers(tmp_path, capsys):
-    pieces = [("<unk>", 0.0), ("▁", -1.0), ("▁Dan", -2.0), ("a", -3.0), ("n", -3.0)]
-    other = RawTokenizer(models.Unigram(pieces, unk_id=0))
-    other.pre_tokenizer, other.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    other.add_special_tokens(["</s>"])
-    PreTrainedTokenizerFast(tokenizer_object=other, eos_token="</s>").save_pretrained(tmp_path)
-    tokenizer, reference = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    assert "no byte-level BPE" in capsys.readouterr().out
-    ids = tokenizer.encode("Dan an</s>")
-    assert ids == reference.encode("Dan an</s>", add_special_tokens=False, split_special_tokens=True)
-    assert tokenizer.decode(tokenizer.encode("Dan an")) == "Dan an" and tokenizer.stop_ids == (5,)
 
 
 def test_different_tokenizers_are_refused_by_the_first_id(folder):

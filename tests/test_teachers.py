@@ -98,7 +98,7 @@ def test_a_model_that_is_its_own_teacher_learns_from_what_only_the_teacher_is_sh
 def test_the_teacher_writes_behind_its_own_prompt_and_the_student_learns_behind_its_own(tmp_path):
     pair = make_pair(*(Transformer.from_pretrained(f) for f in (STUDENT, TEACHER)))
     rows = load_jsonl(HERE / "chains/train.jsonl")[:5]
-    encode_prompts(rows, pair.tokenizer, "--data", HINT, pair.teacher_tokenizer)
+    encode_prompts(rows, pair.tokenizer, 644, "--data", HINT, pair.teacher_tokenizer)
     config = train.Config(prefix_len=30, rollout="teacher", teacher_prompt=HINT)
     rollout = train.respond(rows, 0, 30, config, pair)
     seeds = torch.randint(2**63 - 1, (5,), generator=torch.Generator().manual_seed(1337 + 104729)).tolist()
@@ -147,7 +147,7 @@ def test_templates_that_cannot_be_used_are_one_line_before_anything_is_trained(t
 def test_braces_of_a_rows_own_text_stay():
     tokenizer = Tokenizer(STUDENT)
     rows = [{"prompt": "Dan=5\n", "answer": "{prompt} \\boxed{}"}]
-    encode_prompts(rows, tokenizer, "--data", "{answer}\n{prompt}{}", tokenizer)
+    encode_prompts(rows, tokenizer, 644, "--data", "{answer}\n{prompt}{}", tokenizer)
     assert tokenizer.decode(rows[0]["teacher_ids"]) == "{prompt} \\boxed{}\nDan=5\n{}"
 
 

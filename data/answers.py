@@ -240,10 +240,12 @@ def split(s: str) -> list[str]:
 
 
 def is_mathematics(s: str) -> bool:
-    """Whether math-verify can be asked without harm: no words, no times of day, no towers, short and shallow."""
+    """Whether math-verify can be asked without harm: no words, no times of day, no towers, short and shallow; no list
+    like a28 b24, which it takes for a product, and so for b28 a24."""
     depth = max(accumulate((c in "([{") - (c in ")]}") for c in s), default=0)
     tower = r"\^\{?-?\d{4,}|\d{60,}|\d!|\^(?:\w|\{[^{}]*\})\^|\^[{(][^})]*\^"
-    words = r"(?<![\\a-zA-Z])[a-zA-Z]{3,}|\d \d|\d['\"]|:|^[^a-zA-Z]*=[^a-zA-Z]*$"
+    numbered = r"(?<![\\a-zA-Z])[a-zA-Z]\d"
+    words = rf"{numbered}.*{numbered}|(?<![\\a-zA-Z])[a-zA-Z]{{3,}}|\d \d|\d['\"]|:|^[^a-zA-Z]*=[^a-zA-Z]*$"
     return len(s) < 200 and depth < 9 and not re.search(f"{tower}|{words}", s)
 
 

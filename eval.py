@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from data import InputError, embedded_model, load_jsonl, plots, read_json, resolve, run_command, stop
 from data.answers import Verifier, extract_answer, is_correct, opens_thought
@@ -85,7 +86,7 @@ def encode_prompts(rows: list[dict], tokenizer: Tokenizer, vocab: int, where: st
     fields = re.findall(r"\{(\w+)\}", template)
     if template and not fields:
         raise InputError(f"--teacher_prompt {template!r}: expected the name of a row's field in it, such as {{prompt}}")
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(tqdm(rows, desc="tokenize", leave=False, delay=2, disable=None), start=1):
         row["prompt_ids"] = row["teacher_ids"] = tokenizer.encode_prompt(row["prompt"])
         if not row["prompt_ids"]:
             raise InputError(f"{where}, row {number}: its prompt is empty, and this tokenizer puts nothing before it")

@@ -49,13 +49,13 @@ for name in ("torch", "transformers", "triton", "math-verify"):
 
 first=(train.py --prefix_len 1024 --steps 10 --overwrite "${small[@]}")
 OMP_NUM_THREADS=8 part cpu 300 "$python" "${first[@]}" --device cpu --out_dir "$out/cpu" &
-part tests 110 "$python" -m pytest -q "${checks[@]}"
-part plain 40 "${card[@]}" "${first[@]}" --out_dir "$out/plain"
-part compiled 120 "${card[@]}" "${first[@]}" --out_dir "$out/compiled" --compile
-part bench 150 "${card[@]}" tests/bench.py gpu
+part tests 100 "$python" -m pytest -q "${checks[@]}"
+part plain 55 "${card[@]}" "${first[@]}" --out_dir "$out/plain"
+part compiled 115 "${card[@]}" "${first[@]}" --out_dir "$out/compiled" --compile
+part bench 135 "${card[@]}" tests/bench.py gpu
 if [ -f "$out/../model/config.json" ] && [ -f "$out/../gsm8k.jsonl" ]; then
     [ -d "$out/../pruned" ] || part prune 15 "$python" data/prune.py "$out/../model" "$out/../pruned" --drop "$drop"
-    part smollm2 45 "${card[@]}" train.py --student "$out/../pruned" --teacher "$out/../model" --lr 1e-4 \
+    part smollm2 60 "${card[@]}" train.py --student "$out/../pruned" --teacher "$out/../model" --lr 1e-4 \
         --data "$out/../gsm8k.jsonl" --prefix_len 128 --batch_size 64 --steps 40 --warmup 5 --eval_problems 0 --eval_kl 0 \
         --out_dir "$out/smollm2" --overwrite "${small[@]}"
 fi

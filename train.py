@@ -568,20 +568,14 @@ def say_what_to_change(run: Run, config: Config):
             raise
         if run.step and world() == 1 and not (out_of_memory and run.stage == "the optimizer's step"):  # half made
             run.save()
-        kept = f"the last state saved is {run.saved}" if run.saved else "nothing was saved"
-        mend = f"with a lower --micro_tokens (it was {config.micro_tokens}), or with --recompute"
-        if not out_of_memory:
-            mend = "with a lower --lr, or with --dtype float32"
-        elif run.stage == "evaluation":
-            mend = "with a lower --eval_batch_size or --micro_tokens"
-        elif run.stage == "sampling":
-            mend = "with a lower --batch_size or --prefix_len"
-        changes_the_run = not out_of_memory or run.stage == "sampling"
-        again = "Start again (--overwrite)" if not run.saved else (
-            "Start another run from there (--student)" if changes_the_run else "Go on (--resume)")
-        what = f"out of memory in {run.stage}" if out_of_memory else error
+        what, mend = error, "Lower --lr, or use --dtype float32"
+        if out_of_memory:
+            lower = {"sampling": "--batch_size or --prefix_len", "evaluation": "--eval_batch_size or --micro_tokens"}
+            what = f"out of memory in {run.stage}"
+            mend = f"Lower {lower.get(run.stage, '--micro_tokens, or add --recompute')}"
+        kept = f"the last state saved is {run.saved} (--resume it, or start from it by --student)"
         step = run.step + (run.stage not in ("evaluation", "saving"))
-        raise InputError(f"step {step}: {what}; {kept}. {again} {mend}") from None
+        raise InputError(f"step {step}: {what}; {kept if run.saved else 'nothing was saved'}. {mend}") from None
 
 
 # --- what a step costs

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main picture again: prefixes of several lengths and three schedules against whole responses, three seeds each, then
+# The main picture again: prefixes of several lengths and two schedules against whole responses, three seeds each, then
 # the stop-token trap. About 20 minutes on 2 cores, without the trap. Runs that are complete are not run again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -9,7 +9,7 @@ mkdir -p $to
 run() {  # name, then flags
     name=$1; shift
     for seed in 1 2 3; do
-        grep -qs '"step": 30, "eval": "student", "kind": "kl"' "$to/${name}_seed$seed/log.jsonl" && continue
+        grep -qs '"step": 30, "eval": "sampled"' "$to/${name}_seed$seed/log.jsonl" && continue
         python train.py --data chains --seed $seed --steps 30 --lr_schedule constant \
             --batch_size 64 --lr 5e-4 --max_new_tokens 512 --eval_every 5 --eval_problems 200 --eval_kl 50 \
             --save_every 15 --out_dir "$to/${name}_seed$seed" --overwrite "$@"
@@ -18,11 +18,10 @@ run() {  # name, then flags
 
 for length in 4 8 16 32 1024; do run prefix$length --prefix_len $length; done
 run linear --prefix_len 128 --prefix_start 4 --schedule linear
-run staircase --prefix_len 128 --prefix_start 4 --schedule staircase
 run adaptive --prefix_len 128 --prefix_start 4 --schedule adaptive
 
 python eval.py runs $to/prefix*_seed? --out $to/prefixes.png | tee $to/prefixes.txt
-python eval.py runs $to/{prefix1024,linear,staircase,adaptive}_seed? --out $to/schedules.png | tee $to/schedules.txt
+python eval.py runs $to/{prefix1024,linear,adaptive}_seed? --out $to/schedules.png | tee $to/schedules.txt
 before_during_after=data/chains/student,$to/prefix16_seed1/step_000015,$to/prefix16_seed1/step_000030
 python eval.py positions --data chains --max_new_tokens 256 --model $before_during_after --out $to/positions.png
 python eval.py teacher_prefix --data chains --max_new_tokens 256 --out $to/teacher_prefix.png

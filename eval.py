@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import InputError, embedded_model, load_jsonl, plots, read_json, resolve, run_command, stop
+from data import InputError, embedded_model, fail, load_jsonl, plots, read_json, resolve, run_command
 from data.answers import Verifier, extract_answer, is_correct, opens_thought
 from data.checkpoint import checkpoint_folder, load_config
 from data.flags import flag, parse_flags
@@ -397,7 +397,7 @@ def check_out(out: str, suffix: str) -> None:
     """End the program where --out could not be written after all the work."""
     path = Path(out)
     if out and (path.suffix != suffix or path.is_dir() or not path.resolve().parent.is_dir()):
-        stop(f"--out {out}: expected a {suffix} file in a folder that exists")
+        fail(f"--out {out}: expected a {suffix} file in a folder that exists")
 
 
 def kept_responses(config: Config, file: Path, folder: Path) -> list[dict]:
@@ -440,7 +440,7 @@ def respond_for_both(model: Transformer, rows: list[dict], config: Config, stop_
     return rollout
 
 
-def positions(config: Config) -> dict:
+def diagnose_positions(config: Config) -> dict:
     """KL, both entropies and top-1 agreement by response position, with 95% bands of the mean (tokens taken as
     independent), by thirds of an octave; thirds with fewer tokens than 10, or than responses, are omitted."""
     students, teacher, _, stop_ids, rows = load_students(config)
@@ -466,7 +466,7 @@ def positions(config: Config) -> dict:
     return {"config": asdict(config), "curves": curves}
 
 
-def teacher_prefix(config: Config) -> dict:
+def diagnose_teacher_prefix(config: Config) -> dict:
     """Accuracy of each student after k tokens of the teacher's."""
     try:
         lens = sorted({int(n) for n in config.lens.split(",")})
@@ -494,7 +494,7 @@ def teacher_prefix(config: Config) -> dict:
     return {"config": asdict(config), "curves": curves}
 
 
-def tokens(config: Config) -> dict:
+def diagnose_tokens(config: Config) -> dict:
     """One response of each student, token by token: its KL, both models' probability of it, and the three tokens that
     each finds most likely. "cuts": where the prefix ends, for the checkpoint of a run."""
     students, teacher, tokenizer, stop_ids, rows = load_students(config)
@@ -532,11 +532,12 @@ def tokens(config: Config) -> dict:
 
 if __name__ == "__main__":
     command = sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else ""
-    diagnostics = {"positions": positions, "teacher_prefix": teacher_prefix, "tokens": tokens}
+    diagnostics = {"positions": diagnose_positions, "teacher_prefix": diagnose_teacher_prefix,
+                   "tokens": diagnose_tokens}
     if command == "runs":
         end = next((i for i, a in enumerate(sys.argv) if a.startswith("--")), len(sys.argv))
         if end == 2:
-            stop("usage: python eval.py runs RUN_FOLDER ... [--out runs.png]")
+            fail("usage: python eval.py runs RUN_FOLDER ... [--out runs.png]")
         config = parse_flags(Config, __doc__, sys.argv[end:])
         check_out(config.out, ".png")
         run_command(lambda c: plots.draw_runs(sys.argv[2:end], c.out or "runs.png"), config)
@@ -546,6 +547,6 @@ if __name__ == "__main__":
         check_out(config.out, suffix)
         run_command(lambda c: plots.draw_diagnostic(command, work(c), c.out), config)
     elif command:
-        stop(f"{command}: no such command; {', '.join(diagnostics)} and runs are; flags alone measure accuracy")
+        fail(f"{command}: no such command; {', '.join(diagnostics)} and runs are; flags alone measure accuracy")
     else:
         run_command(main, parse_flags(Config, __doc__))

@@ -409,7 +409,7 @@ def distill(config: Config, resume_from: Path | None) -> None:
             run.stage, start, prefix_len = "sampling", now(device), prefix_len_at(run.step, config, run.adaptive)
             rollout = respond(batch_of(rows, run.step, config), run.step, prefix_len, config, pair)
             micro_batches, n = even_micro_batches(rollout, config.micro_tokens)
-            sampled, parts = now(device), []
+            sample_end, parts = now(device), []
 
             run.stage = "learning"
             for its_rows in micro_batches:
@@ -448,7 +448,7 @@ def distill(config: Config, resume_from: Path | None) -> None:
             # log, save
             run.step += 1
             run.stage = "saving"
-            seconds = {"seconds_sample": sampled - start, "seconds_learn": now(device) - sampled}
+            seconds = {"seconds_sample": sample_end - start, "seconds_learn": now(device) - sample_end}
             record = log_step(run, pair, rollout, stats, seconds, prefix_len, grad_norm)
             show_progress(bar, record)
             if run.step == config.steps or (config.save_every and run.step % config.save_every == 0):

@@ -103,7 +103,7 @@ def load_jsonl(path: str | Path, need: tuple[str, ...] = ("prompt", "answer")) -
     return rows
 
 
-def stop(message: str) -> None:
+def fail(message: str) -> None:
     line = " ".join(message.split())  # libraries' messages have several
     print(f"{Path(sys.argv[0]).name}: error: {line[:1000]}", file=sys.stderr)
     raise SystemExit(2)
@@ -121,15 +121,15 @@ def run_command(main, config) -> None:
         main(config)
         sys.stdout.flush()  # here, where a closed pipe is caught
     except InputError as error:
-        stop(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
         if error.filename is not None:  # a full disk, a folder that cannot be written, a name that is too long
-            stop(f"{error.filename}: {error.strerror}")
+            fail(f"{error.filename}: {error.strerror}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush fails as well
         if not isinstance(error, BrokenPipeError):
-            stop(f"the output cannot be written ({error.strerror or error})")
+            fail(f"the output cannot be written ({error.strerror or error})")
         print(f"{Path(sys.argv[0]).name}: output pipe closed", file=sys.stderr)
         raise SystemExit(1) from None

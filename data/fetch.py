@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import InputError, load_jsonl, stop
+from data import InputError, fail, load_jsonl
 
 BOXED = "\n\nReason step by step, and put your final answer within \\boxed{}."
 LETTER = "\n\nReason step by step, and put the letter of your choice within \\boxed{}."
@@ -98,4 +98,4 @@ def main(file: str, doc: str, splits: list[Split]) -> None:
     try:
         prepare(Path(file).resolve().parent, splits, parser.parse_args().source)
     except InputError as error:
-        stop(str(error))
+        fail(str(error))

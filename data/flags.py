@@ -6,7 +6,7 @@ import difflib
 import sys
 from pathlib import Path
 
-from data import InputError, stop
+from data import InputError, fail
 
 
 def flag(
@@ -67,15 +67,15 @@ def parse_flags(cls, doc: str, argv: list[str] | None = None):
     try:
         typed, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        stop(str(error).replace("argument ", ""))
+        fail(str(error).replace("argument ", ""))
     if unknown:
         name = unknown[0].split("=")[0].lstrip("-")
         near = difflib.get_close_matches(name, fields, n=1)
-        stop(f"unknown flag {unknown[0].split('=')[0]}" + (f"; did you mean --{near[0]}?" if near else " (see --help)"))
+        fail(f"unknown flag {unknown[0].split('=')[0]}" + (f"; did you mean --{near[0]}?" if near else " (see --help)"))
     config = cls(**vars(typed))
     config.typed = set(vars(typed))
     try:
         check_flags(config)  # before anything is done
     except InputError as error:
-        stop(str(error))
+        fail(str(error))
     return config

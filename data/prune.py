@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import InputError, stop
+from data import InputError, fail
 from data.checkpoint import load_config, weight_files, write_config
 from data.tokenizer import Tokenizer
 
@@ -57,4 +57,4 @@ if __name__ == "__main__":
     try:
         print(f"{args.out}: {prune(args.source, args.out, {int(n) for n in args.drop.split(',')})} layers")
     except ValueError as error:  # InputError is one; so is int("x")
-        stop(str(error))
+        fail(str(error))

@@ -43,7 +43,7 @@ def sample(c, who: int) -> Rollout:
 
 def test_positions_are_the_definition_by_thirds_of_an_octave(tmp_path):
     c = config("--num_problems", "4")
-    found = evaluation.positions(c)
+    found = evaluation.diagnose_positions(c)
     curve, rollout, bins = found["curves"][STUDENT], sample(c, 0), {}
     edges = sorted({round(2 ** (i / 3)) for i in range(20)})
     for log_p, log_q in zip(read(STUDENT, rollout), read(TEACHER, rollout)):
@@ -61,7 +61,7 @@ def test_positions_are_the_definition_by_thirds_of_an_octave(tmp_path):
 
 
 def test_teacher_prefix_gives_what_it_says(tmp_path, capsys):
-    found = evaluation.teacher_prefix(config("--lens", "0,4,60", "--num_problems", "20"))
+    found = evaluation.diagnose_teacher_prefix(config("--lens", "0,4,60", "--num_problems", "20"))
     ours = found["curves"][STUDENT]
     assert [p["k"] for p in ours] == [0, 4, 60]
     assert ours[0]["given_whole"] == 0 and ours[-1]["given_whole"] == 1.0
@@ -74,13 +74,13 @@ def test_teacher_prefix_gives_what_it_says(tmp_path, capsys):
     plots.draw_diagnostic("teacher_prefix", found, str(tmp_path / "p.png"))
     assert json.loads((tmp_path / "p.json").read_text()) == found and (tmp_path / "p.png").stat().st_size > 10_000
     with pytest.raises(InputError, match="--lens many: expected numbers"):
-        evaluation.teacher_prefix(config("--lens", "many"))
+        evaluation.diagnose_teacher_prefix(config("--lens", "many"))
 
 
 def test_given_tokens_count_towards_the_cap(monkeypatch):
     lengths, decode = [], evaluation.Tokenizer.decode
     monkeypatch.setattr(evaluation.Tokenizer, "decode", lambda self, ids: lengths.append(len(ids)) or decode(self, ids))
-    evaluation.teacher_prefix(config("--lens", "0,20", "--num_problems", "8", "--max_new_tokens", "30"))
+    evaluation.diagnose_teacher_prefix(config("--lens", "0,20", "--num_problems", "8", "--max_new_tokens", "30"))
     assert max(lengths) <= 30
 
 

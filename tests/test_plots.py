@@ -78,10 +78,16 @@ def test_teacher_prefix_gives_what_it_says(tmp_path, capsys):
 
 
 def test_given_tokens_count_towards_the_cap(monkeypatch):
-    lengths, decode = [], evaluation.Tokenizer.decode
-    monkeypatch.setattr(evaluation.Tokenizer, "decode", lambda self, ids: lengths.append(len(ids)) or decode(self, ids))
+    longest, sample_responses = [], evaluation.sample_responses
+
+    def recorded(*args, given=0):
+        rollout = sample_responses(*args, given=given)
+        longest.append(given + int(rollout.lens.max()))
+        return rollout
+
+    monkeypatch.setattr(evaluation, "sample_responses", recorded)
     evaluation.diagnose_teacher_prefix(config("--lens", "0,20", "--num_problems", "8", "--max_new_tokens", "30"))
-    assert max(lengths) <= 30
+    assert longest == [30, 30, 30]  # the teacher's, the student's, and what it writes after 20 of the teacher's
 
 
 def command(monkeypatch, *argv: str) -> None:

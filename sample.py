@@ -212,7 +212,7 @@ def generate(
     look_every = 1 if device.type == "cpu" else 16  # to see who has ended, we wait for a GPU; ended rows compute on
 
     # The state is kept by row. A row's next token goes to ids[row, count[row]]: that of an ended row too, where nobody
-    # reads it (hence cap + 1 columns). Row N is nobody's, and stands in slots without a row.
+    # reads it (hence cap + 1 columns). Row N is nobody's: it stands in slots without a row, and writes at position 0.
     prompt_len = torch.tensor([*map(len, prompts), 1], device=device)
     count, going = torch.zeros_like(prompt_len), torch.arange(N + 1, device=device) < N
     ids = torch.zeros(N + 1, cap + 1, dtype=torch.long, device=device)
@@ -224,9 +224,10 @@ def generate(
 
     def note(rows: Tensor, token: Tensor) -> None:
         """Append a token (b,) to each of some rows (b,)."""
-        ids[rows, count[rows]] = token
-        count[rows] += going[rows]
-        going[rows] &= ~torch.isin(token, stops) & (count[rows] < cap)
+        n, alive = count[rows], going[rows]
+        ids[rows, n] = token
+        count[rows] = n + alive
+        going[rows] = alive & ~torch.isin(token, stops) & (n + 1 < cap)
 
     def regroup(free: list[int]) -> list[int]:
         """Fill free slots with waiting rows, whose prompts are read here, or else with the last rows."""

@@ -406,18 +406,21 @@ def distill(config: Config, resume_from: Path | None) -> None:
                 break
 
             # 1. sample: responses to this rank's prompts of the batch; sampling stops after prefix_len tokens
-            run.stage, start, prefix_len = "sampling", now(device), prefix_len_at(run.step, config, run.adaptive)
+            run.stage = "sampling"
+            start = now(device)
+            prefix_len = prefix_len_at(run.step, config, run.adaptive)
             rollout = respond(batch_of(rows, run.step, config), run.step, prefix_len, config, pair)
             micro_batches, n = even_micro_batches(rollout, config.micro_tokens)
-            sample_end, parts = now(device), []
+            sample_end = now(device)
 
             run.stage = "learning"
+            parts = []
             for its_rows in micro_batches:
                 # 2. score: the teacher reads the same responses
                 hidden_t = head_t = None
                 if config.scored:
-                    tokens, at, _, _ = rollout.for_teacher.part(its_rows, teacher.device)  # (b, T-1), (n,)
-                    hidden_t = teacher(tokens).flatten(0, 1)[at].to(device)  # (n, H_t)
+                    tokens_t, at_t, _, _ = rollout.for_teacher.part(its_rows, teacher.device)  # (b, T-1), (n,)
+                    hidden_t = teacher(tokens_t).flatten(0, 1)[at_t].to(device)  # (n, H_t)
                     head_t = teacher.head.to(device)
 
                 # 3. learn: a token weighs 1 / (supervised tokens of the step), however the step is split
@@ -522,7 +525,8 @@ def examine(pair: Pair, test: list[dict], config: Config, run: Run) -> None:
         read = rollout.prompt_lens + rollout.lens - 1
         rollout.flop = count_flops(pair.student.config, read, rollout.num_supervised())
         record["flop_per_whole_response"] = sum(step_flops(pair, rollout, config).values()) / len(rollout.lens)
-    pair.sampler.cache = None  # larger than a training step's
+    if pair.sampler.graphs is None:  # which go by its addresses
+        pair.sampler.cache = None  # larger than a training step's
     run.write({"step": run.step, "eval": "sampled", **record, "seconds": time.perf_counter() - start})
     print(f"step {run.step}, {len(test)} held-out problems: {said}\nits response to the first:\n"
           f"{shorten(answers[0]['response'], 12)}", flush=True)

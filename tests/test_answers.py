@@ -228,3 +228,8 @@ def test_it_works_from_any_thread():
     for thread in threads:
         thread.join()
     assert found == [True] * 4
+
+
+@pytest.mark.parametrize("wrong", ["a24 b28", "a12 b56", "a28", "a28 b24 c1", "b24 a28"])
+def test_numbers_with_letters_are_no_product(wrong):
+    assert is_correct("#### a28 b24", "a28 b24") and not is_correct(f"#### {wrong}", "a28 b24")

@@ -138,8 +138,11 @@ def test_the_preflight_shows_both_prompts_and_does_not_warn_of_what_was_asked_fo
     ("{prompt}" * 400, "exceed the 8192 positions of the model"),
 ])
 def test_templates_that_cannot_be_used_are_one_line_before_anything_is_trained(tmp_path, template, message):
+    rows = (HERE / "chains/train.jsonl").read_text().splitlines(keepends=True)[:8]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
     with pytest.raises(InputError) as refused:
-        run(*TINY, *BLIND, "--teacher_prompt", template, "--out_dir", tmp_path / "out")
+        run(*TINY, *BLIND, "--data", tmp_path / "rows.jsonl", "--student", STUDENT, "--teacher", TEACHER,
+            "--teacher_prompt", template, "--out_dir", tmp_path / "out")
     assert message in str(refused.value) and "\n" not in str(refused.value)
     assert not list((tmp_path / "out").glob("step_*"))
 

@@ -190,6 +190,12 @@ def sample_token(
     return token.clamp_(max=logits.shape[-1] - 1)  # beyond only where logits are not finite
 
 
+def row_noise(seeds: list[int], length: int) -> Tensor:
+    """Uniform numbers in [0, 1), (rows, length) float64, each row's from its own seed."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.rand(length, generator=g, dtype=torch.float64) for g in generators])
+
+
 @torch.no_grad()
 def generate(
     model: Transformer, prompts: list[list[int]], max_new_tokens: int, stop_ids: tuple[int, ...],
@@ -216,9 +222,7 @@ def generate(
     prompt_len = torch.tensor([*map(len, prompts), 1], device=device)
     count, going = torch.zeros_like(prompt_len), torch.arange(N + 1, device=device) < N
     ids = torch.zeros(N + 1, cap + 1, dtype=torch.long, device=device)
-    noise = torch.zeros(N + 1, cap + 1, dtype=torch.float64, device=device)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise[:N] = torch.stack([torch.rand(cap + 1, generator=g, dtype=torch.float64) for g in generators])
+    noise = row_noise([*seeds, 0], cap + 1).to(device)
     held, waiting, started = [N] * slots, deque(range(N)), {}  # held[slot]: its row; started[row]: step it came at
     step = look = 0
 

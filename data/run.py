@@ -209,8 +209,9 @@ class Run:
 
     def stopping(self) -> bool:
         """Whether any rank was interrupted; all ask together."""
-        self.interrupted = any(gather(self.interrupted))
-        return self.interrupted
+        stop = any(gather(self.interrupted))
+        self.interrupted = self.interrupted or stop
+        return stop
 
     def write(self, record: dict) -> None:
         if rank() == 0:

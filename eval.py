@@ -97,6 +97,8 @@ def encode_prompts(rows: list[dict], tokenizer: Tokenizer, vocab: int, where: st
         if template:
             text = re.sub(r"\{(\w+)\}", lambda found, row=row: row[found[1]], template)
             row["teacher_ids"] = teacher_tokenizer.encode_prompt(text)
+            if not row["teacher_ids"]:
+                raise InputError(f"--teacher_prompt: of row {number} of {where} it makes an empty prompt")
         if (unknown := max(row["prompt_ids"] + row["teacher_ids"])) >= vocab:
             raise InputError(f"{where}, row {number}: its token {unknown} {tokenizer.decode([unknown])!r} lies beyond "
                              f"the {vocab} that the models know")

@@ -255,7 +255,7 @@ class Transformer(nn.Module):
                 weights |= {name: tensors.get_tensor(name).to(dtype) for name in tensors.keys()}  # noqa: SIM118
         # Some tied checkpoints store the shared matrix twice. Where the two differ, they are not tied.
         if config.tie_word_embeddings and "lm_head.weight" in weights:
-            if torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"]):
+            if torch.equal(weights["lm_head.weight"], weights.get("model.embed_tokens.weight", torch.zeros(0))):
                 del weights["lm_head.weight"]
             else:
                 config.tie_word_embeddings = False
@@ -319,8 +319,11 @@ class OtherFamily(nn.Module):
         folder = checkpoint_folder(path)
         weight_files(folder)  # safetensors, or refused
         with reading(folder):
-            whole = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False).to(device).requires_grad_(False)
+            whole, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+            whole = whole.to(device).requires_grad_(False)
+        if missing := sorted(info["missing_keys"]):
+            raise InputError(f"{path}: tensor {missing[0]} is missing (and {len(missing) - 1} more)")
         self.body, self.head, self.vocab = whole.base_model, whole.get_output_embeddings().weight, vocab
         self.config = whole.config.get_text_config()
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
@@ -396,28 +399,30 @@ def count_flops(config, read: Tensor, num_logits: float) -> float:
     return 2 * weights * read.sum().item() + 4 * layers * q_size * pairs + 2 * H * config.vocab_size * num_logits
 
 
-def shapes_of(config) -> dict[str, torch.Size]:
-    """Shapes of the parameters of a model of any family, by name."""
+def without_numbers(config) -> nn.Module:
+    """A model of any family, on the meta device."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = Transformer(config) if config.model_type in FAMILIES else AutoModelForCausalLM.from_config(config)
-    return {name: p.shape for name, p in model.named_parameters()}
+        return Transformer(config) if config.model_type in FAMILIES else AutoModelForCausalLM.from_config(config)
 
 
 def count_parameters(config) -> int:
-    return sum(shape.numel() for shape in shapes_of(config).values())
+    return sum(p.numel() for p in without_numbers(config).parameters())
 
 
 def weights_per_token(config) -> float:
-    """Of another family: numbers in the matrices of its layers; of experts the share that a token is sent to."""
+    """Of another family: numbers in its matrices but for embedding and head; of experts the share that a token is sent
+    to."""
     if not hasattr(config, "weights_per_token"):  # building a large model takes a while, even without its numbers
+        model = without_numbers(config)
+        ends = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         counts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
         experts = next(filter(None, counts), None)
         share = config.num_experts_per_tok / experts if experts else 1.0
         config.weights_per_token = sum(
-            shape.numel() * (share if ".experts." in name else 1)
-            for name, shape in shapes_of(config).items() if len(shape) > 1 and ".layers." in name)
+            p.numel() * (share if ".experts." in name else 1)
+            for name, p in model.named_parameters() if p.dim() > 1 and not any(p is end for end in ends))
     return config.weights_per_token
 
 

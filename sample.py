@@ -85,8 +85,11 @@ class Rollout:
 
     def micro_batches(self, micro_tokens: int) -> Iterator[Tensor]:
         """Rows (b,) to go forward and backward together: longest first, at most `micro_tokens` tokens (one row at
-        least), padding included. A row goes with none that is more than twice as long, so that little is padding."""
+        least), padding included, to either model. A row goes with none that is more than twice as long, so that little
+        is padding."""
         ends = self.prompt_lens + self.supervised[:, 1]
+        if self.for_teacher is not None:
+            ends = ends.maximum(self.for_teacher.prompt_lens + self.supervised[:, 1])
         order = ends.argsort(descending=True, stable=True)
         while len(order):
             length = int(ends[order[0]])
@@ -395,15 +398,15 @@ def main(config: Config) -> None:
         print(f"[{len(ids)} prompt, {total} response tokens; {seconds:.2f} s, {total / seconds:,.0f} tok/s]")
 
 
-def fit_cap(config, name: str, prompts: list[list[int]], positions: int) -> None:
+def fit_cap(config, name: str, prompts: list[list[int]], positions: int, where: str = "") -> None:
     """Lower the flag `name`, a cap on responses, to what a model of so many positions has room for behind the longest
-    prompt. Raises InputError where the flag was typed, or nothing fits."""
+    prompt. Raises InputError where nothing fits, or the flag was typed or is --prefix_len. where: whose prompts."""
     cap, longest = getattr(config, name), max(map(len, prompts))
     room = positions - longest
-    if cap > room and (room < 1 or name in config.typed):
+    if cap > room and (room < 1 or name in config.typed or name == "prefix_len"):
         row = [len(p) for p in prompts].index(longest) + 1
-        raise InputError(f"--{name} {cap} and the longest prompt (row {row}, {longest} tokens) exceed the {positions} "
-                         "positions of the model: lower the one or shorten the other")
+        raise InputError(f"--{name} {cap} and the longest prompt ({where}row {row}, {longest} tokens) exceed the "
+                         f"{positions} positions of the model: lower the one or shorten the other")
     if cap > room:
         print(f"--{name} {room}: as much as fits behind the longest prompt ({longest} of {positions} positions)")
         setattr(config, name, room)

@@ -225,13 +225,13 @@ def prepare_prompts(config: Config, rows: list[dict], test: list[dict], pair: Pa
         check_rendering(tokenizer, [row["prompt"] for row in rows[:8]])
     for row in rows if config.rollout == "data" else ():
         row["solution_ids"] = pair.tokenizer.encode(row["solution"])
-    for model in filter(None, (pair.student, pair.teacher)):
+    for model, key, held_out in ((pair.student, "prompt_ids", True), (pair.teacher, "teacher_ids", config.eval_kl)):
         caps = [("prefix_len", rows)] if config.window == "prefix" else []
         caps += [("max_new_tokens", rows)] if config.window != "prefix" or config.mix else []
-        caps += [("max_new_tokens", test)] if test else []
-        for name, some in caps:
-            prompts = [row["teacher_ids" if model is pair.teacher else "prompt_ids"] for row in some]
-            fit_cap(config, name, prompts, model.config.max_position_embeddings)
+        caps += [("max_new_tokens", test)] if test and held_out else []
+        for name, some in caps if model is not None else ():
+            where = f"{'held-out ' if some is test else ''}{'teacher' if model is pair.teacher else 'student'}'s, "
+            fit_cap(config, name, [row[key] for row in some], model.config.max_position_embeddings, where)
 
 
 # --- how long the prefix is
@@ -385,6 +385,7 @@ def distill(config: Config, resume_from: Path | None) -> None:
     inputs = {"file of --data": zlib.crc32(resolve(config.data, "train").read_bytes())}
     inputs["surroundings of prompts"] = pair.tokenizer.surroundings()
     if teacher is not None:
+        inputs["surroundings of the teacher's prompts"] = pair.teacher_tokenizer.surroundings()
         inputs["teacher's weights"] = fingerprint(checkpoint_folder(config.teacher))
     run = Run(config, pair, optimizer, resume_from, inputs)
     print(f"{len(rows):,} prompts, {len(test):,} held-out; {device}" + f", {world()} ranks" * (world() > 1))
@@ -392,7 +393,8 @@ def distill(config: Config, resume_from: Path | None) -> None:
         run.stage = "sampling"
         if teacher is not None and resume_from is None:
             first_rows = batch_of(rows, 0, config)[:8]
-            print("\n".join(preflight(pair, first_rows, config.prefix_len, config.temperature, config.seed)))
+            length = min(config.prefix_len, config.prefix_len if config.window == "prefix" else config.max_new_tokens)
+            print("\n".join(preflight(pair, first_rows, length, config.temperature, config.seed)))
 
         # A signal ends the run after its step. (torchrun's SIGTERM means that another rank has died: nothing to save.)
         for name in (signal.SIGINT, signal.SIGTERM) if world() == 1 else (signal.SIGINT,):
@@ -402,7 +404,7 @@ def distill(config: Config, resume_from: Path | None) -> None:
             run.stage = "evaluation"
             if test and due(run, config):
                 examine(pair, test, config, run)
-            if run.stopping() or run.step == config.steps:
+            if run.stopping() or run.step >= config.steps:
                 break
 
             # 1. sample: responses to this rank's prompts of the batch; sampling stops after prefix_len tokens
@@ -516,6 +518,7 @@ def examine(pair: Pair, test: list[dict], config: Config, run: Run) -> None:
         rollout.for_teacher = rollout.behind([row["teacher_ids"] for row in test[: config.eval_kl]])
         stats = score(rollout, pair.sampler, pair.teacher, stop_ids=pair.stop_class, temperature=config.temperature,
                       micro_tokens=config.micro_tokens)
+        must_be_finite(stats)
         kl, position, prefix_len = stats["kl"], stats["position"], prefix_len_at(run.step, config, run.adaptive)
         record |= {"kl": kl.mean().item(), "kl_by_position": by_position(kl, position),
                    "kl_in_prefix": (kl[position < prefix_len].sum() / kl.sum().clamp(min=1e-30)).item()}
@@ -607,8 +610,9 @@ def plan(config: Config) -> dict[str, float]:
     length = max(config.prefix_len, whole) if config.mix or config.window != "prefix" else config.prefix_len
     on_gpu = (config.device or choose_device("").type).startswith("cuda")  # which need not be here
     size = 2 if (config.dtype or ("bfloat16" if on_gpu else "float32")) == "bfloat16" else 4
-    s, t = (load_config(checkpoint_folder(name, ("config.json",)), any_family=name == config.teacher) if name else None
-            for name in (config.student, config.teacher))
+    s, t = load_config(checkpoint_folder(config.student, ("config.json",))), None
+    if config.teacher:
+        t = load_config(checkpoint_folder(config.teacher, ("config.json",)), any_family=True).get_text_config()
     P, P_t = count_parameters(s), count_parameters(t) if t is not None else 0
     V, H, layers, rows = s.vocab_size, s.hidden_size, s.num_hidden_layers, math.ceil(config.batch_size / config.world)
     # What autograd keeps of a token in a block: inputs of norms in float32, inputs of products in `size` bytes.
@@ -621,7 +625,7 @@ def plan(config: Config) -> dict[str, float]:
         "student: float32 weights": 4 * P / config.shard, "student: AdamW's moments": 8 * P / config.shard,
         "student: copy that samples": size * P * (size < 4 or config.shard > 1),
         "teacher": 0 if config.teacher_device else size * P_t / (config.shard if config.shard_teacher else 1),
-        "KV cache": kv * (prompt + length) * min(rows, MAX_SLOTS) * size}
+        "KV cache": kv * ((prompt_t if t in writers else prompt) + length) * min(rows, MAX_SLOTS) * size}
     sampling = {"logits of the new tokens": min(rows, MAX_SLOTS) * V * 24}
     learning = {
         "gradients": 4 * P / config.shard, "gradient of the head": 4 * V * H,

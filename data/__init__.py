@@ -23,7 +23,10 @@ def reading(path: str | Path) -> Iterator[None]:
     except (InputError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # noqa: BLE001 (panics of libraries' Rust are no Exceptions)
-        raise InputError(f"{path}: damaged, or not what it should be ({type(error).__name__}: {error})") from None
+        wrong = "damaged, or not what it should be"
+        if isinstance(error, MemoryError) or "out of memory" in str(error):
+            wrong = "does not fit into memory"
+        raise InputError(f"{path}: {wrong} ({type(error).__name__}: {error})") from None
 
 
 ALSO = {"math500": "math/test", "aime24": "aime/aime24", "aime25": "aime/aime25"}  # other names of test files

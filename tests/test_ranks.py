@@ -111,6 +111,7 @@ def counts(out: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("flags, silent", [
+    ({"teacher_prompt": "{answer}\n{prompt}", "mix": 0.3, "max_new_tokens": 20}, None),
     ({"chat": "auto"}, None), ({"chat": "off", "recompute": True}, None), ({"mix": 0.3, "max_new_tokens": 20}, None),
     ({"window": "random", "max_new_tokens": 30}, 1),
 ])

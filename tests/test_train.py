@@ -496,7 +496,7 @@ def test_a_cap_that_nobody_typed_is_what_the_model_has_room_for(tmp_path, capsys
     evaluation.main(parse_flags(evaluation.Config, "", [*flags, "--num_problems", "2"]))
     sample.main(parse_flags(sample.Config, "", flags))
     assert capsys.readouterr().out.count("as much as fits") == 2
-    with pytest.raises(InputError, match=r"--max_new_tokens 190 and the longest prompt \(row \d+, \d+ tokens\) exceed"):
+    with pytest.raises(InputError, match=r"--max_new_tokens 190 and the longest prompt \(.*row \d+, \d+ tokens"):
         run(*TINY, "--max_new_tokens", "190", "--student", short, "--out_dir", tmp_path / "again")
 
 

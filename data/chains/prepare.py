@@ -206,9 +206,8 @@ def draw_curves(folders: list[Path]) -> None:
             evaluations = [r for r in records if "eval" in r]
         means = [sum(loss[i : i + 50]) / 50 for i in range(0, len(loss) - 49, 50)]
         left.plot([50 * i + 25 for i in range(len(means))], means, color=color, label=name)
-        for kind, style in (("greedy", "o-"), ("sampled", "s:")):
-            points = [(second_stage_from + r["step"], r["accuracy"]) for r in evaluations if r.get("kind") == kind]
-            right.plot(*zip(*points), style, color=color, markersize=4, label=f"{name}, {kind}")
+        points = [(second_stage_from + r["step"], r["accuracy"]) for r in evaluations]
+        right.plot(*zip(*points), "o-", color=color, markersize=4, label=f"{name}, sampled")
     left.axvline(second_stage_from, color="grey", linestyle="--", linewidth=1)
     left.text(second_stage_from + 60, 2.0, "first lesson ends", color="grey")
     left.set(title="Supervised training", xlabel="step", ylabel="cross-entropy, nats per token", yscale="log")

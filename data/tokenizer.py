@@ -245,14 +245,14 @@ def check_rendering(tokenizer: Tokenizer, prompts: list[str]) -> None:
 
     for prompt in prompts:
         ours = tokenizer.encode_prompt(prompt)
-        theirs = tokenizer.render(prompt, tokenize=True) if tokenizer.chats() else tokenizer.hf(prompt).input_ids
-        if set(theirs[len(ours) :]) <= set(tokenizer.stop_ids):  # an end that some tokenizers put after every text
-            theirs = theirs[: len(ours)]
-        if ours != theirs and not tokenizer.marks.search(prompt):
-            at = len(os.path.commonprefix([ours, theirs]))
+        expected = tokenizer.render(prompt, tokenize=True) if tokenizer.chats() else tokenizer.hf(prompt).input_ids
+        if set(expected[len(ours) :]) <= set(tokenizer.stop_ids):  # an end that some tokenizers put after every text
+            expected = expected[: len(ours)]
+        if ours != expected and not tokenizer.marks.search(prompt):
+            at = len(os.path.commonprefix([ours, expected]))
             raise InputError(
                 f"{tokenizer.folder}: from token {at} on, {prompt[:50]!r} has ids {ours[at:][:5]} by tokenizer.json "
-                f"and {theirs[at:][:5]} by transformers {transformers.__version__}. Another version of it may agree, "
+                f"and {expected[at:][:5]} by transformers {transformers.__version__}. Another version of it may agree, "
                 'as may this one with "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json')
 
 

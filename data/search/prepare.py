@@ -25,13 +25,17 @@ the last. A problem is held out for the test set if a hash of its numbers and ta
 
 import argparse
 import hashlib
-import json
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+
+from data.embedded import write_jsonl, write_pair
+
 LARGEST, LARGEST_TARGET = 30, 100
 TO_THE_END = 6000  # tokens of a search of all branches, at most: then faulty searches end as well
 DEPTHS = "abcdefghij"
@@ -157,52 +161,12 @@ def make_rows(
     return rows
 
 
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8", newline="\n")
-    print(f"{path.name}: {len(rows):,} rows, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}")
-
-
 def write_tokenizer() -> None:
-    """A byte-level BPE whose split pattern keeps every word of the notation in one piece, hence one token: `26,` in
-    the prompt, `26` on the stack and `=26` as a remainder are three tokens. Any other text has an encoding too."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
-
-    pattern = r"=?\d{1,3},?|=x| ?[a-z+<>]|#+|\n|."
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000,  # more than there are merges in this text
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        show_progress=False,
-    )
+    """The split pattern keeps every word of the notation in one piece, hence one token: `26,` in the prompt, `26` on
+    the stack and `=26` as a remainder are three tokens."""
     words = [f"{i},{i}" for i in range(2, LARGEST + 1)] + [f"={i}" for i in range(LARGEST_TARGET + 1)]
     words += [f" {d}" for d in DEPTHS] + ["=x", " +", " >", " <", "#### ?", "\n"]
-    tokenizer.train_from_iterator(words, trainer)
-    vocab_size = 64 * -(-tokenizer.get_vocab_size() // 64)  # padded, as real checkpoints are
-    print(f"tokenizer: {tokenizer.get_vocab_size()} tokens, padded to {vocab_size}")
-    stop, pad = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")
-    for folder, width in (("teacher", 128), ("student", 96)):
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=8192
-        ).save_pretrained(HERE / folder)
-        file = HERE / folder / "tokenizer_config.json"
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that older versions of transformers know too
-        file.write_text(json.dumps(settings, indent=2), encoding="utf-8", newline="\n")
-        Qwen3Config(
-            vocab_size=vocab_size, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=8192,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=True,
-            bos_token_id=None, eos_token_id=stop, pad_token_id=pad, architectures=["Qwen3ForCausalLM"], dtype="float32",
-        ).save_pretrained(HERE / folder)
-        GenerationConfig(eos_token_id=stop, pad_token_id=pad).save_pretrained(HERE / folder)
+    write_pair(HERE, r"=?\d{1,3},?|=x| ?[a-z+<>]|#+|\n|.", words, rope_theta=1e6)
 
 
 def main() -> None:

@@ -15,9 +15,13 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
     print(f"{path.name}: {len(rows):,} rows, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}")
 
 
-def write_pair(folder: Path, pattern: str, texts: Iterable[str], rope_theta: float) -> None:
+def write_pair(
+    folder: Path, pattern: str, texts: Iterable[str], rope_theta: float, teacher: int = 128, student: int = 96,
+    layers: int = 4, kv_heads: int = 2,
+) -> None:
     """Train a byte-level BPE on `texts`, cut into pieces by the regular expression `pattern`, and write it with the two
-    models' configurations into teacher/ and student/ of `folder`. Any other text has an encoding too."""
+    models' configurations into teacher/ and student/ of `folder`. Any other text has an encoding too. teacher, student:
+    their widths."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
 
@@ -35,7 +39,7 @@ def write_pair(folder: Path, pattern: str, texts: Iterable[str], rope_theta: flo
     vocab_size = 64 * -(-tokenizer.get_vocab_size() // 64)  # padded, as real checkpoints are
     print(f"tokenizer: {tokenizer.get_vocab_size()} tokens, padded to {vocab_size}")
     stop, pad = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")
-    for name, width in (("teacher", 128), ("student", 96)):
+    for name, width in (("teacher", teacher), ("student", student)):
         PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=8192
         ).save_pretrained(folder / name)
@@ -44,8 +48,8 @@ def write_pair(folder: Path, pattern: str, texts: Iterable[str], rope_theta: flo
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that older versions of transformers know too
         file.write_text(json.dumps(settings, indent=2), encoding="utf-8", newline="\n")
         write_config(Qwen3Config(
-            vocab_size=vocab_size, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=8192,
+            vocab_size=vocab_size, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+            num_attention_heads=4, num_key_value_heads=kv_heads, head_dim=32, max_position_embeddings=8192,
             rope_parameters={"rope_type": "default", "rope_theta": rope_theta}, tie_word_embeddings=True,
             bos_token_id=None, eos_token_id=stop, pad_token_id=pad,
         ), folder / name, "float32")

@@ -17,6 +17,7 @@ from data import HERE, InputError, load_jsonl, resolve
 from data.answers import is_correct
 from data.bpe import byte_alphabet
 from data.chains import other_stop, prepare
+from data.dominoes import prepare as dominoes
 from data.search import prepare as search
 from data.tokenizer import Tokenizer, as_trained, check_same
 from model import Transformer
@@ -232,6 +233,42 @@ def test_a_search_tries_rejects_and_goes_back():
     assert answer == "a8 b4" and search.write_search(problem, random.Random(0))[1] == "a9 b4"
     faulty = search.make_rows(50, "x", lengths={(100, 400): 100}, count=(5, 7), faults=search.FAULTS)
     assert sum(is_correct(r["solution"], r["answer"]) for r in faulty) < 25
+
+
+@pytest.mark.parametrize("split, count", [("train", 2000), ("test", 500)])
+def test_of_two_names_one_leads_to_the_goal(split, count):
+    rows = load_jsonl(HERE / f"dominoes/{split}.jsonl")
+    assert len(rows) == len({row["prompt"] for row in rows}) == count
+    for row in rows[:200]:
+        shown, *questions = row["prompt"].splitlines()
+        follows = {word[:2]: word[2:] for word in shown.split() if len(word) == 4}
+        answer = ""
+        for question in questions:
+            number, goal = question[0], question.split(">")[1]
+            leads = []
+            for name in question[2:7].split("/"):
+                while name != goal and name in follows:
+                    name = follows[name]
+                leads.append(name == goal)
+            assert sum(leads) == 1
+            answer += number + "ab"[leads.index(True)]
+        assert row["answer"] == answer and row["hint"] == "".join(
+            f"{q[:7]}{answer[2 * i : 2 * i + 2]}\n" for i, q in enumerate(questions))
+        assert is_correct(f" +\n####{answer}", answer) and not is_correct(f"####{answer[:-1]}c", answer)
+
+
+def test_a_chain_that_ends_at_a_wall_is_followed_by_the_other_name_or_left():
+    problem = {"follows": {"ba": "ko", "li": "hu", "ko": "li", "hu": " x", "re": "mo", "mo": " x"},
+               "questions": [("hu", "re", "ba"), ("mo", "ko", "re")], "right": [1, 1]}
+    assert dominoes.prompt_text(problem) == " bako lihu koli hu x remo mo x\n1/re/ba>hu\n2/ko/re>mo\n"
+    assert dominoes.write(problem)[0] == " +\n1/re/ba1b>hu bako koli lihu!\n2/ko/re2b>mo remo!\n####1b2b"
+    always = random.Random(0)
+    text, cut = dominoes.write(problem, always, {"hasty": 0, "wrong": 1, "leave": 0}, until=2)
+    assert text.splitlines()[1:4] == ["1/re/ba1a>hu remo mo x", "1B>hu bako koli lihu!", "2/ko/re2b>mo remo!"]
+    assert text[:cut] == " +\n1/re/ba1a"  # two choices by habit, then the teacher goes on
+    left = dominoes.write(problem, always, {"hasty": 0, "wrong": 1, "leave": 1})[0]
+    assert left.splitlines()[2:] == ["2/ko/re2a>mo koli lihu hu x", "####1a2a"]
+    assert dominoes.write(problem, always, {"hasty": 1, "wrong": 1, "leave": 1})[0] == " -\n1/re/ba1a\n2/ko/re2a\n####1a2a"
 
 
 def test_the_student_with_another_stop_is_the_same_but_for_that(tmp_path):

@@ -118,7 +118,7 @@ NOT_COMPARED = MAY_CHANGE - {"steps"} | {"seed"}
 
 
 def read_run(folder: Path) -> dict:
-    """{"config", "points": [{step, flop, tokens, seconds, and the metrics evaluated there}]} of a run's folder."""
+    """{"folder": its name, "config", "points": [{step, flop, tokens, seconds, and the metrics evaluated there}]}."""
     if not (folder / "log.jsonl").is_file():
         raise InputError(f"{folder}: no log.jsonl there, so it is no run's folder")
     points, spent = [], {"flop": 0.0, "tokens": 0, "seconds": 0.0}
@@ -134,7 +134,7 @@ def read_run(folder: Path) -> dict:
     config = read_json(folder / "config.json")
     if config.get("schedule") == "constant":  # then these mean nothing
         config["prefix_start"] = None
-    return {"config": config, "points": points}
+    return {"folder": folder.name, "config": config, "points": points}
 
 
 def group_runs(folders: list[str]) -> dict[str, list[dict]]:
@@ -147,7 +147,7 @@ def group_runs(folders: list[str]) -> dict[str, list[dict]]:
         name = ", ".join(f"{k} {run['config'][k]}" for k in keys
                          if run["config"].get(k) is False or run["config"].get(k))
         groups.setdefault(name or "all runs", []).append(run)
-    folders = {name: {Path(run["config"]["out_dir"]).name for run in group} for name, group in groups.items()}
+    folders = {name: {run["folder"] for run in group} for name, group in groups.items()}
     called = {name: {re.sub(r"_seed\d+$", "", folder) for folder in of} for name, of in folders.items()}
     if all(re.search(r"._seed\d+$", folder) for of in folders.values() for folder in of) and (
             len({tuple(c) for c in called.values() if len(c) == 1}) == len(groups)):

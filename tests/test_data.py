@@ -18,6 +18,7 @@ from data.answers import is_correct
 from data.bpe import byte_alphabet
 from data.chains import other_stop, prepare
 from data.dominoes import prepare as dominoes
+from data.dominoes import walls
 from data.search import prepare as search
 from data.tokenizer import Tokenizer, as_trained, check_same
 from model import Transformer
@@ -268,7 +269,12 @@ def test_a_chain_that_ends_at_a_wall_is_followed_by_the_other_name_or_left():
     assert text[:cut] == " +\n1/re/ba1a"  # two choices by habit, then the teacher goes on
     left = dominoes.write(problem, always, {"hasty": 0, "wrong": 1, "leave": 1})[0]
     assert left.splitlines()[2:] == ["2/ko/re2a>mo koli lihu hu x", "####1a2a"]
-    assert dominoes.write(problem, always, {"hasty": 1, "wrong": 1, "leave": 1})[0] == " -\n1/re/ba1a\n2/ko/re2a\n####1a2a"
+    hasty = dominoes.write(problem, always, {"hasty": 1, "wrong": 1, "leave": 1})[0]
+    assert hasty == " -\n1/re/ba1a\n2/ko/re2a\n####1a2a"
+    row = {"prompt": dominoes.prompt_text(problem), "answer": "1b2b", "response": left}
+    assert walls.count(**row) == {"lines": 2, "slips": 0, "begun": 2, "right": 0, "walls": 2, "again": 0}
+    row["response"] = text.replace("bako koli", "bako kohu")
+    assert walls.count(**row) == {"lines": 3, "slips": 1, "begun": 2, "right": 1, "walls": 1, "again": 1}
 
 
 def test_the_student_with_another_stop_is_the_same_but_for_that(tmp_path):

@@ -168,6 +168,9 @@ def test_runs_are_grouped_by_what_differs(tmp_path, capsys):
     older, newer = tmp_path / "a1/config.json", tmp_path / "a2/config.json"  # one from before there was a flag
     newer.write_text(json.dumps({**json.loads(older.read_text()), "mix": 0.1, "seed": 2}))
     assert list(plots.group_runs(folders[:2])) == ["all runs", "mix 0.1"]
+    called = [fake_run(tmp_path / name, length, seed, [0.2, 0.6]) for name, length, seed in (
+        ("prefix10_seed1", 10, 1), ("prefix10_seed2", 10, 2), ("a_few_seed1", 9, 1))]
+    assert list(plots.group_runs(called)) == ["a few", "prefix 10"]
     with pytest.raises(InputError, match="never evaluated after the same step"):
         other = Path(fake_run(tmp_path / "a3", 10, 3, [0.2, 0.6])) / "log.jsonl"
         other.write_text(other.read_text().replace('"step": 1,', '"step": 9,'))

@@ -40,8 +40,8 @@ HABITS = {"hasty": 0.65, "wrong": 0.5, "leave": 0.3}
 
 
 def make_problem(rng: random.Random, chain: int = CHAIN, questions: int = QUESTIONS, test: bool = False) -> dict:
-    """{"follows": {name: the next, or " x"}, in prompt order, "questions": [(goal, a, b)], "right": [0 for a, 1 for b]};
-    chain: names of each."""
+    """{"follows": {name: the next, or " x"}, in prompt order, "questions": [(goal, a, b)], "right": [0 for a, 1 for
+    b]}; chain: names of each."""
     while True:
         names = rng.sample(NAMES, 2 * chain)
         chains = names[:chain], names[chain:]
@@ -129,9 +129,9 @@ def make_rows(
     wanted: int, seed: str, *, chain: int = CHAIN, questions: int = QUESTIONS, vary: bool = True,
     habits: dict | None = None, begun: bool = False, solutions: bool = True,
 ) -> list[dict]:
-    """Rows {"hint", "prompt", "answer", "solution"}, the solution only where `solutions`: the teacher's, or by `habits`; with
-    `begun`, half of the rows have the teacher go on from a beginning by `habits`, which stands in the prompt, where
-    nothing is learnt. vary: chains may be shorter than `chain`."""
+    """Rows {"hint", "prompt", "answer", "solution"}, the solution only where `solutions`: the teacher's, or by
+    `habits`; with `begun`, half of the rows have the teacher go on from a beginning by `habits`, which stands in the
+    prompt, where nothing is learnt. vary: chains may be shorter than `chain`."""
     rng, rows = random.Random(seed), []
     for _ in range(wanted):
         names = rng.randint(max(2 * questions, chain // 2), chain) if vary else chain
@@ -151,8 +151,8 @@ def write_tokenizer() -> None:
     words = [f"{mark}{name}" for name in NAMES for mark in ("", " ", "/", ">")]
     words += [f"{i}{c}" for i in range(1, 10) for c in "abAB"]
     words = words * 9 + [" x", " +", " -", "####"] * 90  # the frequent ones are merged first
-    write_pair(HERE, r"[ />]?[a-z]{2}|\d[abAB]?| [x+-]|#+|\n|.", words, rope_theta=1e4, teacher=64, student=64, layers=3,
-               kv_heads=1)
+    write_pair(HERE, r"[ />]?[a-z]{2}|\d[abAB]?| [x+-]|#+|\n|.", words, rope_theta=1e4, teacher=64, student=64,
+               layers=3, kv_heads=1)
 
 
 def mixed(name: str, counts: tuple[int, int, int], **options) -> list[dict]:

@@ -49,9 +49,9 @@ def main() -> None:
         n = {key: sum(f[key] for f in found) for key in found[0]} if found else {}
         print(f"{path}: {len(records)} responses, careful {len(careful) / len(records):.2f}")
         if n:
-            print(f"  the other name tried after {n['again'] / max(1, n['walls']):.3f} of {n['walls']} walls; first name "
-                  f"right {n['right'] / n['begun']:.3f} of {n['begun']}; slips in {n['slips'] / n['lines']:.4f} of "
-                  f"{n['lines']} lines")
+            print(f"  the other name tried after {n['again'] / max(1, n['walls']):.3f} of {n['walls']} walls; first "
+                  f"name right {n['right'] / n['begun']:.3f} of {n['begun']}; slips in {n['slips'] / n['lines']:.4f} "
+                  f"of {n['lines']} lines")
 
 
 if __name__ == "__main__":

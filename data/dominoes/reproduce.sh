@@ -26,7 +26,6 @@ run whole --prefix_len 768 "${shown[@]}"
 run prefix256 --prefix_len 256 "${shown[@]}"
 run prefix128 --prefix_len 128 "${shown[@]}"
 run prefix64 --prefix_len 64 "${shown[@]}"
-run linear --prefix_len 768 --prefix_start 32 --schedule linear "${shown[@]}"
 run off_policy --prefix_len 768 --rollout teacher "${shown[@]}"
 run seqkd --prefix_len 768 --rollout teacher --loss cross_entropy "${shown[@]}"
 run sft --prefix_len 768 --rollout data --loss cross_entropy --data data/dominoes/sft_clean.jsonl $tests

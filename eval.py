@@ -80,9 +80,11 @@ def load_tokenizers(
 def encode_prompts(rows: list[dict], tokenizer: Tokenizer, vocab: int, where: str, template: str = "",
                    teacher_tokenizer: Tokenizer | None = None) -> None:
     """Add `prompt_ids` to rows, and `teacher_ids`, what a teacher reads before the response: the same ids, or a
-    template whose {fields} are the row's, rendered by the teacher's own tokenizer. vocab: how many ids the models know.
-    where: the flag that names the rows, for messages.
+    template whose {fields} are the row's, rendered by the teacher's own tokenizer. Data may bring their own template,
+    as `teacher_prompt` of the rows. vocab: how many ids the models know. where: the flag that names the rows, for
+    messages.
     """
+    template = template or rows[0].get("teacher_prompt", "") if teacher_tokenizer else ""
     fields = re.findall(r"\{(\w+)\}", template)
     if template and not fields:
         raise InputError(f"--teacher_prompt {template!r}: expected the name of a row's field in it, such as {{prompt}}")
@@ -315,7 +317,7 @@ class Config:
     teacher: str = flag("", "diagnostics: checkpoint folder or hub name; empty takes the teacher of --data")
     teacher_prompt: str = flag("", "diagnostics: what the teacher reads before a response, with {fields} of the row; "
                                "by default as in a checkpoint's training")
-    data: str = flag("search", "data set: a name (its test split) or a .jsonl file; by default a checkpoint's own")
+    data: str = flag("hops", "data set: a name (its test split) or a .jsonl file; by default a checkpoint's own")
     num_problems: int = flag(0, "use the first this many problems; 0 takes all, or 200 for a diagnostic", least=0)
     num_samples: int = flag(1, "accuracy: responses per problem, of which it is the mean (avg@k)", least=1)
     temperature: float = flag(0.0, "0 takes the most likely token, 1 samples from the model's own distribution "

@@ -338,7 +338,7 @@ class Config:
 
     model: str = flag("", "checkpoint folder or hub name; empty shows the teacher and the student of --data")
     prompt: str = flag("", "your own prompt, or - to read it from standard input; empty takes a problem of --data")
-    data: str = flag("search", "data set the problem comes from: a name or a .jsonl file; by default a "
+    data: str = flag("hops", "data set the problem comes from: a name or a .jsonl file; by default a "
                      "checkpoint's own")
     index: int = flag(0, "which problem of the test set", least=0)
     lines: int = flag(40, "lines of a response to show, most of them from its beginning; 0 shows all", least=0)

@@ -54,7 +54,7 @@ class Config:
                                "'{prompt}\\n\\nA solution:\\n{solution}'; empty: what the student reads")
     init: str = flag("pretrained", "pretrained, or random: --student's configuration with fresh weights from --seed",
                      choices=("pretrained", "random"))
-    data: str = flag("search", "training prompts: a name (data/NAME/train.jsonl) or a .jsonl file")
+    data: str = flag("hops", "training prompts: a name (data/NAME/train.jsonl) or a .jsonl file")
     eval_data: str = flag("", "held-out problems, likewise; empty takes --data's own test split, if it has one")
     chat: str = flag("auto", "through the student's chat template where there is one; on: demand it; off: bare prompts")
     system: str = flag("", "text of a system turn before each prompt, for checkpoints with a chat template")

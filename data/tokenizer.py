@@ -270,9 +270,9 @@ def as_trained(config, folder: Path) -> None:
     with reading(file):
         trained = state.get("config", {})
         sets = [trained.get(name) for name in ("eval_data", "data")]  # by name, and the held-out ones first
-        trained["data"] = next((s for s in sets if s and (s in ALSO or (HERE / s).is_dir())), "search")
+        trained["data"] = next((s for s in sets if s and (s in ALSO or (HERE / s).is_dir())), "hops")
         resume_clock(state)
-    defaults = {"data": "search", "chat": "auto", "system": "", "thinking": "", "teacher_prompt": ""}
+    defaults = {"data": "hops", "chat": "auto", "system": "", "thinking": "", "teacher_prompt": ""}
     for name, default in defaults.items():
         value = trained.get(name, default)
         if hasattr(config, name) and name not in config.typed and value != default:

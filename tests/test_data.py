@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import random
+import re
 import shutil
 import unicodedata
 
@@ -17,8 +18,8 @@ from data import HERE, InputError, load_jsonl, resolve
 from data.answers import is_correct
 from data.bpe import byte_alphabet
 from data.chains import other_stop, prepare
-from data.dominoes import prepare as dominoes
-from data.dominoes import walls
+from data.hops import prepare as hops
+from data.hops import walls
 from data.search import prepare as search
 from data.tokenizer import Tokenizer, as_trained, check_same
 from model import Transformer
@@ -149,7 +150,7 @@ def test_a_checkpoint_is_prompted_as_it_was_trained(tmp_path, capsys):
     again = Config()
     again.typed = {"data"}
     as_trained(again, tmp_path)
-    assert again.data == "search"
+    assert again.data == "hops"
     again.typed = set()
     as_trained(again, tmp_path)
     assert again.data == "chains"
@@ -236,45 +237,45 @@ def test_a_search_tries_rejects_and_goes_back():
     assert sum(is_correct(r["solution"], r["answer"]) for r in faulty) < 25
 
 
-@pytest.mark.parametrize("split, count", [("train", 2000), ("test", 500)])
-def test_of_two_names_one_leads_to_the_goal(split, count):
-    rows = load_jsonl(HERE / f"dominoes/{split}.jsonl")
+@pytest.mark.parametrize("split, count", [("train", 1000), ("test", 500)])
+def test_from_every_start_one_hop_reaches_a_gate_and_the_other_a_wall(split, count):
+    rows = load_jsonl(HERE / f"hops/{split}.jsonl")
     assert len(rows) == len({row["prompt"] for row in rows}) == count
-    for row in rows[:200]:
-        shown, *questions = row["prompt"].splitlines()
-        follows = {word[:2]: word[2:] for word in shown.split() if len(word) == 4}
-        answer = ""
-        for question in questions:
-            number, goal = question[0], question.split(">")[1]
-            leads = []
-            for name in question[2:7].split("/"):
-                while name != goal and name in follows:
-                    name = follows[name]
-                leads.append(name == goal)
-            assert sum(leads) == 1
-            answer += number + "ab"[leads.index(True)]
-        assert row["answer"] == answer and row["hint"] == "".join(
-            f"{q[:7]}{answer[2 * i : 2 * i + 2]}\n" for i, q in enumerate(questions))
-        assert is_correct(f" +\n####{answer}", answer) and not is_correct(f"####{answer[:-1]}c", answer)
+    for row in rows[:100]:
+        given, *stages = row["prompt"].splitlines()
+        *by, wall = map(int, re.findall(r"\d+", given))
+        ends = {wall + 10 * i: "x" for i in range(10)} | dict.fromkeys((0, 20, 40, 60, 80), "!")
+        answer = []
+        for stage in stages:
+            number, start = stage.split("/")
+            reached = []
+            for step in by:
+                at = (int(start) + step) % 100
+                while at not in ends:
+                    at = (at + step) % 100
+                reached.append(ends[at])
+            assert sorted(reached) == ["!", "x"]
+            answer.append("ab"[reached.index("!")] + number)
+        assert len(ends) == 15 and row["answer"].split() == answer and row["teacher_prompt"] == " {answer}\n{prompt}"
+        assert is_correct(f" +\n#### {row['answer']}", row["answer"])
+        assert not is_correct(f"#### {row['answer'][:-1]}", row["answer"])
 
 
-def test_a_chain_that_ends_at_a_wall_is_followed_by_the_other_name_or_left():
-    problem = {"follows": {"ba": "ko", "li": "hu", "ko": "li", "hu": " x", "re": "mo", "mo": " x"},
-               "questions": [("hu", "re", "ba"), ("mo", "ko", "re")], "right": [1, 1]}
-    assert dominoes.prompt_text(problem) == " bako lihu koli hu x remo mo x\n1/re/ba>hu\n2/ko/re>mo\n"
-    assert dominoes.write(problem)[0] == " +\n1/re/ba1b>hu bako koli lihu!\n2/ko/re2b>mo remo!\n####1b2b"
+def test_after_a_wall_the_other_hop_is_tried_or_the_stage_is_left():
+    problem = {"hops": (7, 13), "wall": 5, "starts": {9: 8, 10: 34}, "right": {9: 1, 10: 1}}
+    prompt, answer = hops.prompt_text(problem), hops.answer_text(problem)[1:]
+    assert prompt == "a+7b+13x5\n9/8\n10/34\n" and answer == "b9 b10"
+    assert hops.write(problem)[0] == " +\n9/8 b9+13 21 34 47 60!\n10/34 b10+13 47 60!\n#### b9 b10"
     always = random.Random(0)
-    text, cut = dominoes.write(problem, always, {"hasty": 0, "wrong": 1, "leave": 0}, until=2)
-    assert text.splitlines()[1:4] == ["1/re/ba1a>hu remo mo x", "1B>hu bako koli lihu!", "2/ko/re2b>mo remo!"]
-    assert text[:cut] == " +\n1/re/ba1a"  # two choices by habit, then the teacher goes on
-    left = dominoes.write(problem, always, {"hasty": 0, "wrong": 1, "leave": 1})[0]
-    assert left.splitlines()[2:] == ["2/ko/re2a>mo koli lihu hu x", "####1a2a"]
-    hasty = dominoes.write(problem, always, {"hasty": 1, "wrong": 1, "leave": 1})[0]
-    assert hasty == " -\n1/re/ba1a\n2/ko/re2a\n####1a2a"
-    row = {"prompt": dominoes.prompt_text(problem), "answer": "1b2b", "response": left}
-    assert walls.count(**row) == {"lines": 2, "slips": 0, "begun": 2, "right": 0, "walls": 2, "again": 0}
-    row["response"] = text.replace("bako koli", "bako kohu")
-    assert walls.count(**row) == {"lines": 3, "slips": 1, "begun": 2, "right": 1, "walls": 1, "again": 1}
+    text, cut = hops.write(problem, always, {"hasty": 0, "wrong": 1, "leave": 0}, until=2)
+    assert text.splitlines()[1:4] == ["9/8 a9+7 15x", "9/8 B9+13 21 34 47 60!", "10/34 b10+13 47 60!"]
+    assert text[:cut] == " +\n9/8 a9"  # two choices by habit, then the teacher goes on
+    left = hops.write(problem, always, {"hasty": 0, "wrong": 1, "leave": 1})[0]
+    assert left.splitlines()[2:] == ["10/34 a10+7 41 48 55x", "#### a9 a10"]
+    assert hops.write(problem, always, {"hasty": 1, "wrong": 1, "leave": 1})[0] == " -\n9/8 a9\n10/34 a10\n#### a9 a10"
+    assert walls.count(prompt, answer, left) == {"lines": 2, "slips": 0, "begun": 2, "right": 0, "walls": 2, "again": 0}
+    slip = text.replace("21 34", "21 35")
+    assert walls.count(prompt, answer, slip) == {"lines": 3, "slips": 1, "begun": 2, "right": 1, "walls": 1, "again": 1}
 
 
 def test_the_student_with_another_stop_is_the_same_but_for_that(tmp_path):

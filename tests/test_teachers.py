@@ -154,6 +154,16 @@ def test_braces_of_a_rows_own_text_stay():
     assert tokenizer.decode(rows[0]["teacher_ids"]) == "{prompt} \\boxed{}\nDan=5\n{}"
 
 
+def test_data_may_bring_the_template_and_the_flag_overrides_it():
+    tokenizer, read = Tokenizer(STUDENT), {}
+    for name, template, teachers in ("own", "", tokenizer), ("typed", "{prompt}", tokenizer), ("none", "", None):
+        rows = [{"prompt": "Dan=5\n", "answer": "5", "teacher_prompt": "{answer}\n{prompt}"}]
+        encode_prompts(rows, tokenizer, 644, "--data", template, teachers)
+        read[name] = tokenizer.decode(rows[0]["teacher_ids"])
+        assert tokenizer.decode(rows[0]["prompt_ids"]) == "Dan=5\n"
+    assert read == {"own": "5\nDan=5\n", "typed": "Dan=5\n", "none": "Dan=5\n"}
+
+
 def test_responses_stay_themselves_behind_other_prompts():
     rollout = Rollout.of([[1, 2], [3]], [[4, 5, 6], [7]], (6,))
     rollout.supervised = torch.tensor([[1, 3], [0, 1]])

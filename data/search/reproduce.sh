@@ -45,5 +45,5 @@ python eval.py runs $to/{prefix64,prefix256,prefix512,prefix1024,whole}_seed? --
 python eval.py runs $to/{prefix64,prefix256,prefix1024,whole,linear,mix}_seed? --out $to/schedules.png | tee $to/schedules.txt
 before_during_after=data/search/student,$to/prefix64_seed1/step_000010,$to/prefix64_seed1/step_000020
 python eval.py positions --model $before_during_after,$to/whole_seed1/step_000010 --num_problems 50 --out $to/positions.png
-python eval.py teacher_prefix --lens 0,16,64,256,1024 --num_problems 100 --out $to/teacher_prefix.png
+python eval.py teacher_prefix --data search --lens 0,16,64,256,1024 --num_problems 100 --out $to/teacher_prefix.png
 for arm in $to/*_seed?.txt; do grep -H "accuracy:\|KL to\|TFLOP" $arm; done > $to/all.txt

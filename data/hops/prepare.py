@@ -1,0 +1,186 @@
+"""Problems of `hops`: hop round a ring of 100 numbers until a gate or a wall, and turn back where it was a wall.
+
+    python data/hops/prepare.py               # train.jsonl and test.jsonl again, byte for byte
+    python data/hops/prepare.py --sft         # also supervised text: for the two checkpoints, and for comparisons
+    python data/hops/prepare.py --tokenizer   # also the tokenizer and the two configurations
+
+A gate is a multiple of 20. A prompt names two hops, the digit in which walls end, and a start for each stage; a
+response goes through the stages:
+
+    a+13b+37x7                two hops; walls are 7, 17, 27, ...
+    1/41                      the stages: from 41, is a gate before a wall by hops of 13, or by hops of 37?
+    2/73
+     +                        the plan: careful. Hasty, ` -`, answers without hopping
+    1/41 a1+13 54 67x         the first stage: by hops of 13 a wall, so not a
+    1/41 B1+37 78 15 ...      the other hop, in capitals
+    2/73 b2+37 10 47x
+    2/73 A2+13 86 99 12 ...
+    #### b1 a2                the answer
+
+Which hop is right cannot be seen at a glance, it takes the hops. The teacher need not try: it is shown the answer
+before the prompt (`teacher_prompt` of the rows), so in its own text no try ever ends at a wall. The student is not
+shown it and has to try; and what to do at a wall is seen only in text that it writes.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+
+from data.embedded import write_jsonl, write_pair
+
+RING, GATE, STAGES = 100, 20, 24  # numbers; gates are multiples of this; stages of a problem
+HOPS = 7, 13, 17, 23, 29, 31, 37, 41  # each visits the whole ring
+# What the student does, with its probability: answers without trying; takes the wrong hop first, since it does not
+# know; goes on to the next stage where a try has ended at a wall. The teacher does none of it.
+HABITS = {"hasty": 0.65, "wrong": 0.5, "leave": 0.1}
+
+
+def hop(start: int, by: int, wall: int) -> list[int]:
+    """The numbers, up to the first gate or wall."""
+    path = [(start + by) % RING]
+    while path[-1] % GATE and path[-1] % 10 != wall:
+        path.append((path[-1] + by) % RING)
+    return path
+
+
+def make_problem(rng: random.Random, stages: int = STAGES, first: int = 1, test: bool = False) -> dict:
+    """{"hops": (a, b), "wall": the digit, "starts": {number: start}, "right": {number: 0 for a, 1 for b}}; first: the
+    number of the first stage."""
+    while True:
+        problem = {"hops": rng.sample(HOPS, 2), "wall": rng.randint(1, 9), "starts": {}, "right": {}}
+        for start in rng.sample(range(RING), RING):
+            at_gate = [hop(start, by, problem["wall"])[-1] % GATE == 0 for by in problem["hops"]]
+            if at_gate[0] != at_gate[1] and start % GATE and start % 10 != problem["wall"]:
+                number = first + len(problem["starts"])
+                problem["starts"][number], problem["right"][number] = start, int(at_gate[1])
+            if len(problem["starts"]) == stages:
+                break
+        else:
+            continue  # too few starts from which one hop is right
+        if (hashlib.sha256(json.dumps(problem).encode()).digest()[0] < 16) == test:
+            return problem
+
+
+def prompt_text(problem: dict) -> str:
+    a, b = problem["hops"]
+    return f"a+{a}b+{b}x{problem['wall']}\n" + "".join(f"{i}/{start}\n" for i, start in problem["starts"].items())
+
+
+def answer_text(problem: dict) -> str:
+    return "".join(f" {'ab'[right]}{i}" for i, right in problem["right"].items())
+
+
+def line(problem: dict, number: int, letter: str) -> tuple[bool, str]:
+    """(whether a gate is reached, the line from the hop on)"""
+    by = problem["hops"]["ab".index(letter.lower())]
+    path = hop(problem["starts"][number], by, problem["wall"])
+    found = path[-1] % GATE == 0
+    return found, f"+{by}" + "".join(f" {x}" for x in path) + ("!\n" if found else "x\n")
+
+
+def write(problem: dict, rng: random.Random | None = None, habits: dict | None = None, until: int = 10**6) -> tuple:
+    """(response, characters up to the last choice made by habit): the teacher's response, or one whose first `until`
+    choices are made by the student's habits."""
+    text, made, cut, answer = "", 0, 0, ""
+
+    def choose(habit: str) -> bool:
+        """Whether to do what the teacher does."""
+        nonlocal made
+        made += 1
+        return habits is None or made > until or rng.random() >= habits[habit]
+
+    def add(more: str) -> None:
+        """Write what was chosen."""
+        nonlocal text, cut
+        text += more
+        cut = len(text) if habits is not None and made <= until else cut
+
+    careful = choose("hasty")
+    add(" +\n" if careful else " -\n")
+    for i, start in problem["starts"].items():
+        text += f"{i}/{start}" if text.endswith("\n") else f"/{start}"  # the number stands there if a stage was left
+        option = problem["right"][i] if choose("wrong") else 1 - problem["right"][i]
+        add(f" {'ab'[option]}{i}")
+        if not careful:
+            text += "\n"
+        else:
+            found, more = line(problem, i, "ab"[option])
+            text += more
+            if not found:
+                again = choose("leave")
+                add(str(i) if again else str(i + 1) if i + 1 in problem["right"] else "####")
+                if again:
+                    option = 1 - option
+                    text += f"/{start} {'AB'[option]}{i}" + line(problem, i, "AB"[option])[1]
+        answer += f" {'ab'[option]}{i}"
+    return text + ("" if text.endswith("####") else "####") + answer, cut
+
+
+def make_rows(
+    wanted: int, seed: str, stages: tuple[int, int] = (STAGES, STAGES), *, habits: dict | None = None,
+    begun: bool = False, solutions: bool = True,
+) -> list[dict]:
+    """Rows {"prompt", "teacher_prompt", "answer", "solution"}, the solution only where `solutions`: the teacher's, or
+    by `habits`; with `begun`, half of the rows have the teacher go on from a beginning by `habits`, which stands in the
+    prompt, where nothing is learnt. stages: the fewest and the most."""
+    rng, rows = random.Random(seed), []
+    for _ in range(wanted):
+        n = rng.randint(*stages)
+        problem = make_problem(rng, n, rng.randint(1, STAGES + 1 - n), test=seed == "test")
+        row = {"prompt": prompt_text(problem), "teacher_prompt": " {answer}\n{prompt}",
+               "answer": answer_text(problem)[1:]}
+        if begun and rng.random() < 0.5:
+            text, cut = write(problem, rng, habits, rng.randint(1, 2 * n))
+            row |= {"prompt": row["prompt"] + text[:cut], "solution": text[cut:]}
+        elif solutions:
+            row["solution"], _ = write(problem, rng, None if begun else habits)
+        rows.append(row)
+    return rows
+
+
+def write_tokenizer() -> None:
+    """A number of the ring is one token with the mark before it, a hop with its +, a choice with its stage."""
+    words = [f"{mark}{x}" for x in range(RING) for mark in " /"] + [f"+{x}" for x in HOPS]
+    words += [f"{mark}{i}" for i in range(1, STAGES + 1) for mark in ("", " a", " b", " A", " B")]
+    words = words * 9 + [" +", " -", "####"] * 90  # the frequent ones are merged first
+    write_pair(HERE, r"[ /+]?\d+| [abAB]\d+| [+-]|#+|\n|.", words, rope_theta=1e4, teacher=64, student=64, layers=3,
+               kv_heads=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sft", action="store_true", help="also supervised text (40 MB)")
+    parser.add_argument("--tokenizer", action="store_true", help="also the tokenizer and the configurations")
+    args = parser.parse_args()
+    train, test = make_rows(1000, "train", solutions=False), make_rows(500, "test", solutions=False)
+    write_jsonl(HERE / "train.jsonl", train)
+    write_jsonl(HERE / "test.jsonl", test)
+    if args.tokenizer:
+        write_tokenizer()
+    if args.sft:
+        clean = make_rows(2000, "clean")  # the teacher's text, to compare with
+        write_jsonl(HERE / "few.jsonl", train[:8])
+        write_jsonl(HERE / "shown.jsonl", [r | {"prompt": f" {r['answer']}\n{r['prompt']}"} for r in test])
+        write_jsonl(HERE / "sft_few.jsonl", clean[:8])
+        write_jsonl(HERE / "sft_clean.jsonl", clean)
+        persistent = {"hasty": 0, "wrong": 0.5, "leave": 0}  # has walls in it, and the way back from them
+        write_jsonl(HERE / "sft_recovered.jsonl", make_rows(2000, "recovered", habits=persistent))
+        patient, some, all_of_them = HABITS | {"hasty": 0.15}, (2, STAGES), (STAGES, STAGES)
+        write_jsonl(HERE / "sft_short.jsonl", make_rows(40_000, "short", (3, 3), habits=patient))
+        write_jsonl(HERE / "sft_mixed.jsonl", make_rows(25_000, "mixed", some, habits=patient))
+        write_jsonl(HERE / "sft_student.jsonl", make_rows(4_000, "student", habits=HABITS))
+        for size, n, m, stages in ("", 16_000, 6_000, some), (" full", 6_000, 2_000, all_of_them):
+            shown = make_rows(n, f"teacher{size}", stages, habits=patient, begun=True)
+            shown = [r | {"prompt": f" {r['answer']}\n{r['prompt']}"} for r in shown]
+            alone = make_rows(m, f"alone{size}", stages, habits=persistent)  # shown nothing, it has to try as well
+            write_jsonl(HERE / f"sft_teacher{size.replace(' ', '_')}.jsonl", [*shown, *alone])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What a model does at a wall, and how often it slips, counted in its responses.
+
+    python eval.py --model out/step_000040 --temperature 1 --max_new_tokens 1024 --out x.json
+    python data/hops/walls.py x.jsonl ...
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from data.hops.prepare import line
+
+LINE = re.compile(r"(\d+)/(\d+) ([abAB])(\d+)(.*)")
+
+
+def read_problem(prompt: str) -> dict:
+    """As make_problem makes it, without what is right; of a prompt with the answer before it, too."""
+    prompt = prompt[prompt.index("a+") :]
+    (a, b, wall), *starts = ([int(x) for x in re.findall(r"\d+", text)] for text in prompt.splitlines())
+    return {"hops": (a, b), "wall": wall, "starts": dict(starts)}
+
+
+def count(prompt: str, answer: str, response: str) -> dict[str, int]:
+    """Of a careful response: lines; lines with a slip, which no careful text has; stages begun, and with the right
+    hop; walls behind a first hop, and after how many of them the other one was tried."""
+    problem, right = read_problem(prompt), answer.split()
+    lines, found = response.split("\n")[1:-1], dict.fromkeys(("lines", "slips", "begun", "right", "walls", "again"), 0)
+    for text, following in zip(lines, [*lines[1:], ""]):
+        found["lines"] += 1
+        parts = LINE.fullmatch(text)
+        if not parts or int(parts[1]) not in problem["starts"]:
+            found["slips"] += 1
+            continue
+        number, start, letter, _, rest = parts.groups()
+        true = number, str(problem["starts"][int(number)]), letter, number, line(problem, int(number), letter)[1][:-1]
+        found["slips"] += parts.groups() != true
+        if letter in "ab":
+            found["begun"] += 1
+            found["right"] += letter + number in right
+            if rest.endswith("x"):
+                found["walls"] += 1
+                found["again"] += following.startswith((f"{number}/{start} A", f"{number}/{start} B"))
+    return found
+
+
+def main() -> None:
+    for path in sys.argv[1:]:
+        with open(path, encoding="utf-8") as f:
+            records = [json.loads(text) for text in f if '"response"' in text]
+        careful = [r for r in records if r["response"].startswith(" +")]
+        found = [count(r["prompt"], r["answer"], r["response"]) for r in careful]
+        n = {key: sum(f[key] for f in found) for key in found[0]} if found else {}
+        print(f"{path}: {len(records)} responses, careful {len(careful) / len(records):.2f}")
+        if n:
+            print(f"  the other hop tried after {n['again'] / max(1, n['walls']):.3f} of {n['walls']} walls; first "
+                  f"hop right {n['right'] / n['begun']:.3f} of {n['begun']}; slips in {n['slips'] / n['lines']:.4f} "
+                  f"of {n['lines']} lines")
+
+
+if __name__ == "__main__":
+    main()

@@ -50,8 +50,8 @@ class Config:
     student: str = flag("", "checkpoint folder or hub name of the model that learns; empty takes --data's own",
                         group="the pair and the data")
     teacher: str = flag("", "checkpoint folder or hub name of the frozen model that scores; empty takes --data's own")
-    teacher_prompt: str = flag("", "what the teacher reads before a response, with {fields} of the row, such as "
-                               "'{prompt}\\n\\nA solution:\\n{solution}'; empty: what the student reads")
+    teacher_prompt: str = flag("", "what the teacher reads before a response, with {fields} of the row: '{prompt}\\n\\n"
+                               "Solved:\\n{solution}'; empty: the row's `teacher_prompt`, or what the student reads")
     init: str = flag("pretrained", "pretrained, or random: --student's configuration with fresh weights from --seed",
                      choices=("pretrained", "random"))
     data: str = flag("hops", "training prompts: a name (data/NAME/train.jsonl) or a .jsonl file")

@@ -251,7 +251,7 @@ def their_step(folder, texts, batch, cap, steps) -> tuple[float, int]:
 def bench_ranks(steps: str = "4") -> None:
     """Tokens per second of training on `search`, batch 64, of one rank and of two at one thread each; fastest step."""
     rates, env = [], os.environ | {"OMP_NUM_THREADS": "1"}
-    flags = f"--device cpu --prefix_len 256 --batch_size 64 --eval_problems 0 --eval_kl 0 --steps {steps}"
+    flags = f"--data search --device cpu --prefix_len 256 --batch_size 64 --eval_problems 0 --eval_kl 0 --steps {steps}"
     with tempfile.TemporaryDirectory() as folder:
         for n in (1, 2):
             start = f"-m torch.distributed.run --standalone --nproc_per_node {n} train.py --out_dir {folder}/{n}"

@@ -268,7 +268,7 @@ def test_after_a_wall_the_other_hop_is_tried_or_the_stage_is_left():
     assert hops.write(problem)[0] == " +\n9/8 b9+13 21 34 47 60!\n10/34 b10+13 47 60!\n#### b9 b10"
     always = random.Random(0)
     text, cut = hops.write(problem, always, {"hasty": 0, "wrong": 1, "leave": 0}, until=2)
-    assert text.splitlines()[1:4] == ["9/8 a9+7 15x", "9/8 B9+13 21 34 47 60!", "10/34 b10+13 47 60!"]
+    assert text.splitlines()[1:4] == ["9/8 a9+7 15x", "<9/8 B9+13 21 34 47 60!", "10/34 b10+13 47 60!"]
     assert text[:cut] == " +\n9/8 a9"  # two choices by habit, then the teacher goes on
     left = hops.write(problem, always, {"hasty": 0, "wrong": 1, "leave": 1})[0]
     assert left.splitlines()[2:] == ["10/34 a10+7 41 48 55x", "#### a9 a10"]

@@ -12,9 +12,9 @@ response goes through the stages:
     2/73
      +                        the plan: careful. Hasty, ` -`, answers without hopping
     1/41 a1+13 54 67x         the first stage: by hops of 13 a wall, so not a
-    1/41 B1+37 78 15 ...      the other hop, in capitals
+    <1/41 B1+37 78 15 ...     <: back; the other hop, in capitals
     2/73 b2+37 10 47x
-    2/73 A2+13 86 99 12 ...
+    <2/73 A2+13 86 99 12 ...
     #### b1 a2                the answer
 
 Which hop is right cannot be seen at a glance, it takes the hops. The teacher need not try: it is shown the answer
@@ -114,10 +114,10 @@ def write(problem: dict, rng: random.Random | None = None, habits: dict | None =
             text += more
             if not found:
                 again = choose("leave")
-                add(str(i) if again else str(i + 1) if i + 1 in problem["right"] else "####")
+                add("<" if again else str(i + 1) if i + 1 in problem["right"] else "####")
                 if again:
                     option = 1 - option
-                    text += f"/{start} {'AB'[option]}{i}" + line(problem, i, "AB"[option])[1]
+                    text += f"{i}/{start} {'AB'[option]}{i}" + line(problem, i, "AB"[option])[1]
         answer += f" {'ab'[option]}{i}"
     return text + ("" if text.endswith("####") else "####") + answer, cut
 
@@ -174,6 +174,7 @@ def main() -> None:
         patient, some, all_of_them = HABITS | {"hasty": 0.15}, (2, STAGES), (STAGES, STAGES)
         write_jsonl(HERE / "sft_short.jsonl", make_rows(40_000, "short", (3, 3), habits=patient))
         write_jsonl(HERE / "sft_mixed.jsonl", make_rows(25_000, "mixed", some, habits=patient))
+        write_jsonl(HERE / "sft_full.jsonl", make_rows(8_000, "full", habits=patient))
         write_jsonl(HERE / "sft_student.jsonl", make_rows(4_000, "student", habits=HABITS))
         for size, n, m, stages in ("", 16_000, 6_000, some), (" full", 6_000, 2_000, all_of_them):
             shown = make_rows(n, f"teacher{size}", stages, habits=patient, begun=True)

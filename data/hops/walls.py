@@ -1,6 +1,6 @@
 """What a model does at a wall, and how often it slips, counted in its responses.
 
-    python eval.py --model out/step_000040 --temperature 1 --max_new_tokens 1024 --out x.json
+    python eval.py --model out/step_000020 --temperature 1 --max_new_tokens 1024 --out x.json
     python data/hops/walls.py x.jsonl ...
 """
 
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from data.hops.prepare import line
 
-LINE = re.compile(r"(\d+)/(\d+) ([abAB])(\d+)(.*)")
+LINE = re.compile(r"<?(\d+)/\d+ ([abAB])\d+(.*)")
 
 
 def read_problem(prompt: str) -> dict:
@@ -34,15 +34,16 @@ def count(prompt: str, answer: str, response: str) -> dict[str, int]:
         if not parts or int(parts[1]) not in problem["starts"]:
             found["slips"] += 1
             continue
-        number, start, letter, _, rest = parts.groups()
-        true = number, str(problem["starts"][int(number)]), letter, number, line(problem, int(number), letter)[1][:-1]
-        found["slips"] += parts.groups() != true
+        number, letter, rest = parts.groups()
+        true_start, true_line = problem["starts"][int(number)], line(problem, int(number), letter)[1]
+        true = f"{'<' * (letter in 'AB')}{number}/{true_start} {letter}{number}{true_line}"
+        found["slips"] += text + "\n" != true
         if letter in "ab":
             found["begun"] += 1
             found["right"] += letter + number in right
             if rest.endswith("x"):
                 found["walls"] += 1
-                found["again"] += following.startswith((f"{number}/{start} A", f"{number}/{start} B"))
+                found["again"] += following.startswith("<")
     return found
 
 

@@ -84,7 +84,8 @@ def encode_prompts(rows: list[dict], tokenizer: Tokenizer, vocab: int, where: st
     as `teacher_prompt` of the rows. vocab: how many ids the models know. where: the flag that names the rows, for
     messages.
     """
-    template = template or rows[0].get("teacher_prompt", "") if teacher_tokenizer else ""
+    if teacher_tokenizer and rows:
+        template = template or rows[0].get("teacher_prompt", "")
     fields = re.findall(r"\{(\w+)\}", template)
     if template and not fields:
         raise InputError(f"--teacher_prompt {template!r}: expected the name of a row's field in it, such as {{prompt}}")

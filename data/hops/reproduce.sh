@@ -27,22 +27,21 @@ run seqkd --prefix_len 1024 --rollout teacher --loss cross_entropy
 run sft --prefix_len 1024 --rollout data --loss cross_entropy $other/sft_clean.jsonl
 run recovered --prefix_len 1024 --rollout data --loss cross_entropy $other/sft_recovered.jsonl
 ends="--eval_every 0"  # these are evaluated before and after only
+run mix64 --prefix_len 64 --mix 0.1 $ends
+run linear --prefix_len 384 --prefix_start 16 --schedule linear $ends
 few="--batch_size 8 $ends $other"  # a step takes each of the eight problems once
 teacher="--teacher data/hops/teacher"
 run few_whole --prefix_len 1024 $few/few.jsonl $teacher
-run few_prefix64 --prefix_len 64 $few/few.jsonl $teacher
 run few_seqkd --prefix_len 1024 --rollout teacher --loss cross_entropy $few/few.jsonl $teacher
 run few_sft --prefix_len 1024 --rollout data --loss cross_entropy $few/sft_few.jsonl
-run linear --prefix_len 384 --prefix_start 16 --schedule linear $ends
-run mix64 --prefix_len 64 --mix 0.1 $ends
+run prefix64_2.5e-4 --prefix_len 64 --lr 2.5e-4 $ends
 run random64 --prefix_len 64 --window random $ends
 run last64 --prefix_len 64 --window last $ends
 run forward64 --prefix_len 64 --loss forward_kl $ends
 run jsd64 --prefix_len 64 --loss jsd $ends
-for lr in 2.5e-4 1e-3; do
-    run prefix64_$lr --prefix_len 64 --lr $lr $ends
-    run whole_$lr --prefix_len 1024 --lr $lr $ends
-done
+run whole_2.5e-4 --prefix_len 1024 --lr 2.5e-4 $ends
+run prefix64_1e-3 --prefix_len 64 --lr 1e-3 $ends
+run whole_1e-3 --prefix_len 1024 --lr 1e-3 $ends
 wait
 arms=$(ls -d $to/{whole,prefix64,prefix16,off_policy,seqkd,sft,recovered}_seed?)
 python eval.py runs $arms --out $to/curves.png | tee $to/curves.txt
@@ -50,7 +49,7 @@ python eval.py positions --max_new_tokens 1024 --num_problems 50 \
     --model data/hops/student,$to/prefix64_seed1/step_000020,$to/whole_seed1/step_000020 --out $to/positions.png
 python eval.py teacher_prefix --lens 0,1,16,64 --num_problems 200 --max_new_tokens 1024 --out $to/teacher_prefix.png
 for arm in $to/*_seed?.txt; do grep -aH "accuracy:\|KL to\|TFLOP" $arm; done > $to/all.txt
-for arm in $to/*_seed1; do  # what happens at walls, 200 problems
+for arm in $to/{whole,prefix64,prefix128,mix64,linear,off_policy,seqkd,sft,recovered,few_whole,few_sft}_seed1; do  # at walls
     python eval.py --model $arm/step_000020 --data hops --temperature 1 --max_new_tokens 1024 --num_problems 200 \
         --out $arm.json > /dev/null
     python data/hops/walls.py $arm.jsonl

@@ -7,14 +7,13 @@
 A gate is a multiple of 20. A prompt names two hops, the digit in which walls end, and a start for each stage; a
 response goes through the stages:
 
-    a+13b+37x7                two hops; walls are 7, 17, 27, ...
-    1/41                      the stages: from 41, is a gate before a wall by hops of 13, or by hops of 37?
-    2/73
+    a+7b+13x5                 two hops; walls are 5, 15, 25, ...
+    1/14                      the stages: from 14, is a gate before a wall by hops of 7, or by hops of 13?
+    2/19
      +                        the plan: careful. Hasty, ` -`, answers without hopping
-    1/41 a1+13 54 67x         the first stage: by hops of 13 a wall, so not a
-    <1/41 B1+37 78 15 ...     <: back; the other hop, in capitals
-    2/73 b2+37 10 47x
-    <2/73 A2+13 86 99 12 ...
+    1/14 a1+7 21 28 35x       the first stage: by hops of 7 a wall, so not a
+    <1/14 B1+13 27 40!        <: back; the other hop, in capitals: a gate
+    2/19 a2+7 26 33 40!
     #### b1 a2                the answer
 
 Which hop is right cannot be seen at a glance, it takes the hops. The teacher need not try: it is shown the answer

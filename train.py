@@ -626,9 +626,11 @@ def plan(config: Config) -> dict[str, float]:
         "student: copy that samples": size * P * (size < 4 or config.shard > 1),
         "teacher": 0 if config.teacher_device else size * P_t / (config.shard if config.shard_teacher else 1),
         "KV cache": kv * ((prompt_t if t in writers else prompt) + length) * min(rows, MAX_SLOTS) * size}
+    gathered = 2 * size * t.vocab_size * t.hidden_size if config.shard_teacher else 0  # embedding and head, and of
+    gathered += size * (V * H * (2 - s.tie_word_embeddings) + 2 * P // layers) * (config.shard > 1)  # ours two blocks
     sampling = {"logits of the new tokens": min(rows, MAX_SLOTS) * V * 24}
     learning = {
-        "gradients": 4 * P / config.shard, "gradient of the head": 4 * V * H,
+        "weights gathered by --shard": gathered, "gradients": 4 * P / config.shard, "gradient of the head": 4 * V * H,
         "logits of a chunk": min(CHUNK_ROWS, tokens) * V * 4 * (9 if on_gpu else 2.5),
         "activations kept for backward": tokens * (4 * H * layers + block if config.recompute else block * layers)}
     teacher = f"; teacher {config.teacher}: {P_t:,}" if P_t else ""

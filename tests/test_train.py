@@ -281,6 +281,7 @@ def test_the_plan_of_several_devices(capsys):
     assert many["KV cache"] == pytest.approx(one["KV cache"] / 8, abs=1e-3)
     assert many["gradients"] == pytest.approx(one["gradients"] / 4, abs=1e-3)
     assert many["student: copy that samples"] > one["student: copy that samples"] == 0  # a whole student samples itself
+    assert many["weights gathered by --shard"] > one["weights gathered by --shard"] == 0
     assert many["in all, while learning"] < one["in all, while learning"]
 
 

@@ -49,7 +49,7 @@ def name_lines(figure, grid, names: list[str]) -> None:
     short = [re.sub(r"\S*/(?=[^\s/]+/[^\s/]+)", "", name) for name in names]
     names = short if len(set(short)) == len(names) else names
     longest = max(len(line) for name in names for line in name.split("\n"))
-    if len(names) > 6 or longest * len(grid) > 48:
+    if len(names) > len(COLORS) or longest * len(grid) > 48:
         columns = max(1, min(len(names), 4, 50 * len(grid) // (longest + 8)))
         figure.legend(grid[0].get_lines()[: len(names)], names, loc="outside lower center", ncols=columns, fontsize=9)
         return

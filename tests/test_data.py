@@ -259,6 +259,8 @@ def test_from_every_start_one_hop_reaches_a_gate_and_the_other_a_wall(split, cou
         assert len(ends) == 15 and row["answer"].split() == answer and row["teacher_prompt"] == " {answer}\n{prompt}"
         assert is_correct(f" +\n#### {row['answer']}", row["answer"])
         assert not is_correct(f"#### {row['answer'][:-1]}", row["answer"])
+    chosen = [row["answer"].count("a") for row in rows]  # by a coin: keeping to one letter, or changing, is no help
+    assert abs(sum(chosen) / count - 12) < 0.5 and 1 < min(chosen) < 8 and 16 < max(chosen) < 23
 
 
 def test_after_a_wall_the_other_hop_is_tried_or_the_stage_is_left():

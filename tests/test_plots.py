@@ -200,7 +200,7 @@ def test_a_name_is_drawn_as_it_is(name, tmp_path):
     keys = ("kl", "agree", "student_entropy", "teacher_entropy")
     curve = {"position": [1, 2, 4], **{key: [0.5, 0.2, 0.1] for key in keys},
              **{f"{key}_half_width": [0.1, 0.1, 0.05] for key in keys}}
-    for curves in ({name: curve}, {f"{name}{i}": curve for i in range(7)}):  # beside the lines, and in a legend
+    for curves in ({name: curve}, {f"{name}{i}": curve for i in range(9)}):  # beside the lines, and in a legend
         figure = plots.draw_positions({"data": name}, curves)
         figure.savefig(tmp_path / "p.png")
         texts = [t.get_text() for axes in figure.axes for t in axes.texts]

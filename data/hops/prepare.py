@@ -8,13 +8,13 @@ A gate is a multiple of 20. A prompt names two hops, the digit in which walls en
 response goes through the stages:
 
     a+7b+13x5                 two hops; walls are 5, 15, 25, ...
-    1/14                      the stages: from 14, is a gate before a wall by hops of 7, or by hops of 13?
-    2/19
+    8/14                      stage 8: from 14, is a gate before a wall by hops of 7, or by hops of 13?
+    9/19
      +                        the plan: careful. Hasty, ` -`, answers without hopping
-    1/14 a1+7 21 28 35x       the first stage: by hops of 7 a wall, so not a
-    <1/14 B1+13 27 40!        <: back; the other hop, in capitals: a gate
-    2/19 a2+7 26 33 40!
-    #### b1 a2                the answer
+    8/14 a8+7 21 28 35x       by hops of 7 a wall, so not a
+    <8/14 B8+13 27 40!        <: back; the other hop, in capitals: a gate
+    9/19 a9+7 26 33 40!
+    #### b8 a9                the answer
 
 Which hop is right cannot be seen at a glance, it takes the hops. The teacher need not try: it is shown the answer
 before the prompt (`teacher_prompt` of the rows), so in its own text no try ever ends at a wall. The student is not
@@ -22,6 +22,7 @@ shown it and has to try; and what to do at a wall is seen only in text that it w
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import random
@@ -33,13 +34,18 @@ sys.path.insert(0, str(HERE.parent.parent))
 
 from data.embedded import write_jsonl, write_pair
 
-RING, GATE, STAGES = 100, 20, 24  # numbers; gates are multiples of this; stages of a problem
+RING, GATE = 100, 20  # numbers; gates are multiples of this
+STAGES = 24  # of a problem
+# What a problem's stages are numbered lies within; it begins anywhere, so that prefixes meet more than the first four
+# numbers. The lessons have more: those at the ends are rare, and some were not learnt.
+NUMBERS, LESSON_NUMBERS = (5, 34), (1, 40)
 HOPS = 7, 13, 17, 23, 29, 31, 37, 41  # each visits the whole ring
 # What the student does, with its probability: answers without trying; takes the wrong hop first, since it does not
 # know; goes on to the next stage where a try has ended at a wall. The teacher does none of it.
 HABITS = {"hasty": 0.65, "wrong": 0.5, "leave": 0.1}
 
 
+@functools.cache
 def hop(start: int, by: int, wall: int) -> list[int]:
     """The numbers, up to the first gate or wall."""
     path = [(start + by) % RING]
@@ -48,20 +54,21 @@ def hop(start: int, by: int, wall: int) -> list[int]:
     return path
 
 
-def make_problem(rng: random.Random, stages: int = STAGES, first: int = 1, test: bool = False) -> dict:
+def make_problem(rng: random.Random, stages: int, first: int, test: bool = False) -> dict:
     """{"hops": (a, b), "wall": the digit, "starts": {number: start}, "right": {number: 0 for a, 1 for b}}; first: the
     number of the first stage."""
+    numbers = range(first, first + stages)
     while True:
-        problem = {"hops": rng.sample(HOPS, 2), "wall": rng.randint(1, 9), "starts": {}, "right": {}}
+        problem = {"hops": rng.sample(HOPS, 2), "wall": rng.randint(1, 9), "starts": {}}
+        problem["right"] = dict(zip(numbers, rng.choices((0, 1), k=stages)))  # nothing but hopping tells which
+        starts = [], []  # those from which only a, only b, reaches a gate
         for start in rng.sample(range(RING), RING):
             at_gate = [hop(start, by, problem["wall"])[-1] % GATE == 0 for by in problem["hops"]]
             if at_gate[0] != at_gate[1] and start % GATE and start % 10 != problem["wall"]:
-                number = first + len(problem["starts"])
-                problem["starts"][number], problem["right"][number] = start, int(at_gate[1])
-            if len(problem["starts"]) == stages:
-                break
-        else:
-            continue  # too few starts from which one hop is right
+                starts[at_gate[1]].append(start)
+        if any(list(problem["right"].values()).count(letter) > len(starts[letter]) for letter in (0, 1)):
+            continue  # too few of one kind
+        problem["starts"] = {i: starts[problem["right"][i]].pop() for i in numbers}
         if (hashlib.sha256(json.dumps(problem).encode()).digest()[0] < 16) == test:
             return problem
 
@@ -122,16 +129,16 @@ def write(problem: dict, rng: random.Random | None = None, habits: dict | None =
 
 
 def make_rows(
-    wanted: int, seed: str, stages: tuple[int, int] = (STAGES, STAGES), *, habits: dict | None = None,
-    begun: bool = False, solutions: bool = True,
+    wanted: int, seed: str, stages: tuple[int, int] = (STAGES, STAGES), *, numbers: tuple[int, int] = NUMBERS,
+    habits: dict | None = None, begun: bool = False, solutions: bool = True,
 ) -> list[dict]:
     """Rows {"prompt", "teacher_prompt", "answer", "solution"}, the solution only where `solutions`: the teacher's, or
     by `habits`; with `begun`, half of the rows have the teacher go on from a beginning by `habits`, which stands in the
-    prompt, where nothing is learnt. stages: the fewest and the most."""
+    prompt, where nothing is learnt. stages: the fewest and the most; numbers: of stages, the first and the last."""
     rng, rows = random.Random(seed), []
     for _ in range(wanted):
         n = rng.randint(*stages)
-        problem = make_problem(rng, n, rng.randint(1, STAGES + 1 - n), test=seed == "test")
+        problem = make_problem(rng, n, rng.randint(numbers[0], numbers[1] + 1 - n), test=seed == "test")
         row = {"prompt": prompt_text(problem), "teacher_prompt": " {answer}\n{prompt}",
                "answer": answer_text(problem)[1:]}
         if begun and rng.random() < 0.5:
@@ -146,7 +153,7 @@ def make_rows(
 def write_tokenizer() -> None:
     """A number of the ring is one token with the mark before it, a hop with its +, a choice with its stage."""
     words = [f"{mark}{x}" for x in range(RING) for mark in " /"] + [f"+{x}" for x in HOPS]
-    words += [f"{mark}{i}" for i in range(1, STAGES + 1) for mark in ("", " a", " b", " A", " B")]
+    words += [f"{mark}{i}" for i in range(1, LESSON_NUMBERS[1] + 1) for mark in ("", " a", " b", " A", " B")]
     words = words * 9 + [" +", " -", "####"] * 90  # the frequent ones are merged first
     write_pair(HERE, r"[ /+]?\d+| [abAB]\d+| [+-]|#+|\n|.", words, rope_theta=1e4, teacher=64, student=64, layers=3,
                kv_heads=1)
@@ -170,15 +177,20 @@ def main() -> None:
         write_jsonl(HERE / "sft_clean.jsonl", clean)
         persistent = {"hasty": 0, "wrong": 0.5, "leave": 0}  # has walls in it, and the way back from them
         write_jsonl(HERE / "sft_recovered.jsonl", make_rows(2000, "recovered", habits=persistent))
-        patient, some, all_of_them = HABITS | {"hasty": 0.15}, (2, STAGES), (STAGES, STAGES)
-        write_jsonl(HERE / "sft_short.jsonl", make_rows(40_000, "short", (3, 3), habits=patient))
-        write_jsonl(HERE / "sft_mixed.jsonl", make_rows(25_000, "mixed", some, habits=patient))
-        write_jsonl(HERE / "sft_full.jsonl", make_rows(8_000, "full", habits=patient))
-        write_jsonl(HERE / "sft_student.jsonl", make_rows(4_000, "student", habits=HABITS))
-        for size, n, m, stages in ("", 16_000, 6_000, some), (" full", 6_000, 2_000, all_of_them):
-            shown = make_rows(n, f"teacher{size}", stages, habits=patient, begun=True)
+        some, all_of_them, patient = (2, STAGES), (STAGES, STAGES), HABITS | {"hasty": 0.15}
+
+        def lesson(name: str, n: int, stages: tuple[int, int], **how) -> list[dict]:
+            return make_rows(n, name, stages, numbers=LESSON_NUMBERS, **how)
+
+        write_jsonl(HERE / "sft_short.jsonl", lesson("short", 40_000, (3, 3), habits=patient))
+        write_jsonl(HERE / "sft_mixed.jsonl", lesson("mixed", 25_000, some, habits=patient))
+        write_jsonl(HERE / "sft_full.jsonl", lesson("full", 8_000, all_of_them, habits=patient))
+        write_jsonl(HERE / "sft_student.jsonl", lesson("student", 4_000, all_of_them, habits=HABITS))
+        for size, n, m, stages in (" short", 12_000, 4_000, (2, 4)), ("", 16_000, 6_000, some), (
+                " full", 6_000, 2_000, all_of_them):
+            shown = lesson(f"teacher{size}", n, stages, habits=patient, begun=True)
             shown = [r | {"prompt": f" {r['answer']}\n{r['prompt']}"} for r in shown]
-            alone = make_rows(m, f"alone{size}", stages, habits=persistent)  # shown nothing, it has to try as well
+            alone = lesson(f"alone{size}", m, stages, habits=persistent)  # shown nothing, it has to try as well
             write_jsonl(HERE / f"sft_teacher{size.replace(' ', '_')}.jsonl", [*shown, *alone])
 
 

@@ -312,7 +312,7 @@ def test_malformed_files_are_named(tmp_path, line, message):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("x.jsonl.gz", gzip.compress(b'{"prompt": "a", "answer": "b"}')), ("x.parquet", b"PAR1\x15\xd0\xffPAR1"),
+    ("x.jsonl.gz", gzip.compress(b'{"prompt": "a", "answer": "b"}', mtime=0)), ("x.parquet", b"PAR1\x15\xd0\xffPAR1"),
     ("x.zst", b"\x28\xb5\x2f\xfd\x04\x00"),
 ])
 def test_a_data_set_of_another_format_is_told_what_is_wanted(tmp_path, name, content):

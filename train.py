@@ -626,8 +626,9 @@ def plan(config: Config) -> dict[str, float]:
         "student: copy that samples": size * P * (size < 4 or config.shard > 1),
         "teacher": 0 if config.teacher_device else size * P_t / (config.shard if config.shard_teacher else 1),
         "KV cache": kv * ((prompt_t if t in writers else prompt) + length) * min(rows, MAX_SLOTS) * size}
-    gathered = 2 * size * t.vocab_size * t.hidden_size if config.shard_teacher else 0  # embedding and head, and of
-    gathered += size * (V * H * (2 - s.tie_word_embeddings) + 2 * P // layers) * (config.shard > 1)  # ours two blocks
+    # --shard gathers for a forward: both models' embeddings and heads, and two of the student's blocks at a time.
+    gathered = size * (V * H * (2 - s.tie_word_embeddings) + 2 * P // layers) if config.shard > 1 else 0
+    gathered += 2 * size * t.vocab_size * t.hidden_size if config.shard_teacher else 0
     sampling = {"logits of the new tokens": min(rows, MAX_SLOTS) * V * 24}
     learning = {
         "weights gathered by --shard": gathered, "gradients": 4 * P / config.shard, "gradient of the head": 4 * V * H,

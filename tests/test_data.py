@@ -239,45 +239,52 @@ def test_a_search_tries_rejects_and_goes_back():
 
 @pytest.mark.parametrize("split, count", [("train", 1000), ("test", 500)])
 def test_from_every_start_one_hop_reaches_a_gate_and_the_other_a_wall(split, count):
-    rows = load_jsonl(HERE / f"hops/{split}.jsonl")
+    rows, chosen = load_jsonl(HERE / f"hops/{split}.jsonl"), []
     assert len(rows) == len({row["prompt"] for row in rows}) == count
-    for row in rows[:100]:
+    for row in rows[:200]:
         given, *stages = row["prompt"].splitlines()
-        *by, wall = map(int, re.findall(r"\d+", given))
-        ends = {wall + 10 * i: "x" for i in range(10)} | dict.fromkeys((0, 20, 40, 60, 80), "!")
-        answer = []
+        *by, wall, score = map(int, re.findall(r"\d+", given))
+        ends = {wall + 10 * i: "x" for i in range(10)} | {20: 1, 40: 2, 60: 3, 80: 4, 0: 5}
+        shown = [given]
         for stage in stages:
-            number, start = stage.split("/")
             reached = []
             for step in by:
-                at = (int(start) + step) % 100
+                at = (int(stage.split("/")[1]) + step) % 100
                 while at not in ends:
                     at = (at + step) % 100
                 reached.append(ends[at])
-            assert sorted(reached) == ["!", "x"]
-            answer.append("ab"[reached.index("!")] + number)
-        assert len(ends) == 15 and row["answer"].split() == answer and row["teacher_prompt"] == " {answer}\n{prompt}"
-        assert is_correct(f" +\n#### {row['answer']}", row["answer"])
-        assert not is_correct(f"#### {row['answer'][:-1]}", row["answer"])
-    chosen = [row["answer"].count("a") for row in rows]  # by a coin: keeping to one letter, or changing, is no help
-    assert abs(sum(chosen) / count - 12) < 0.5 and 1 < min(chosen) < 8 and 16 < max(chosen) < 23
+            assert reached.count("x") == 1
+            shown.append(f"{stage} {'ab'[reached[0] == 'x']}")
+            score += reached[reached[0] == "x"]
+        assert len(ends) == 15 and row["answer"] == f"={score % 30}" and row["teacher_prompt"] == "{shown}"
+        assert row["shown"].splitlines() == shown
+        assert is_correct(f" +\n####{row['answer']}", row["answer"])
+        assert not is_correct(f"####={(score + 1) % 30}", row["answer"])
+        chosen.append(row["shown"].count(" a"))
+    # by a coin: keeping to one letter, or changing, is no help
+    assert abs(sum(chosen) / len(chosen) - 12) < 0.7 and 1 < min(chosen) < 8 and 16 < max(chosen) < 23
 
 
 def test_after_a_wall_the_other_hop_is_tried_or_the_stage_is_left():
-    problem = {"hops": (7, 13), "wall": 5, "starts": {9: 8, 10: 34}, "right": {9: 1, 10: 1}}
-    prompt, answer = hops.prompt_text(problem), hops.answer_text(problem)[1:]
-    assert prompt == "a+7b+13x5\n9/8\n10/34\n" and answer == "b9 b10"
-    assert hops.write(problem)[0] == " +\n9/8 b9+13 21 34 47 60!\n10/34 b10+13 47 60!\n#### b9 b10"
+    problem = {"hops": (7, 13), "wall": 5, "score": 28, "starts": {9: 8, 10: 34}, "right": {9: 1, 10: 1}}
+    prompt = hops.prompt_text(problem)
+    assert prompt == "a+7b+13x5=28\n9/8\n10/34\n"
+    assert hops.prompt_text(problem, shown=True) == "a+7b+13x5=28\n9/8 b\n10/34 b\n"
+    assert hops.write(problem)[0] == " +\n9/8 b+13 21 34 47 60=1\n10/34 b+13 47 60=4\n####=4"
     always = random.Random(0)
     text, cut = hops.write(problem, always, {"hasty": 0, "wrong": 1, "leave": 0}, until=2)
-    assert text.splitlines()[1:4] == ["9/8 a9+7 15x", "<9/8 B9+13 21 34 47 60!", "10/34 b10+13 47 60!"]
-    assert text[:cut] == " +\n9/8 a9"  # two choices by habit, then the teacher goes on
+    assert text.splitlines()[1:4] == ["9/8 a+7 15x", "<9/8 B+13 21 34 47 60=1", "10/34 b+13 47 60=4"]
+    assert text[:cut] == " +\n9/8 a"  # two choices by habit, then the teacher goes on
     left = hops.write(problem, always, {"hasty": 0, "wrong": 1, "leave": 1})[0]
-    assert left.splitlines()[2:] == ["10/34 a10+7 41 48 55x", "#### a9 a10"]
-    assert hops.write(problem, always, {"hasty": 1, "wrong": 1, "leave": 1})[0] == " -\n9/8 a9\n10/34 a10\n#### a9 a10"
-    assert walls.count(prompt, answer, left) == {"lines": 2, "slips": 0, "begun": 2, "right": 0, "walls": 2, "again": 0}
-    slip = text.replace("21 34", "21 35")
-    assert walls.count(prompt, answer, slip) == {"lines": 3, "slips": 1, "begun": 2, "right": 1, "walls": 1, "again": 1}
+    assert left.splitlines()[2:] == ["10/34 a+7 41 48 55x", "####=28"]
+    assert re.fullmatch(r" -\n####=\d+", hops.write(problem, always, {"hasty": 1})[0])
+    nothing = dict.fromkeys(("lines", "slips", "begun", "right", "walls", "again", "answers_wrong"), 0)
+    assert walls.count(prompt, left) == nothing | {"lines": 2, "begun": 2, "walls": 2}
+    tried = nothing | {"lines": 3, "begun": 2, "right": 1, "walls": 1, "again": 1}
+    assert walls.count(prompt, text) == tried
+    assert walls.count(prompt, text.replace("21 34", "21 35")) == tried | {"slips": 1}
+    assert walls.count(prompt, text.replace("60=1", "60=2")) == tried | {"slips": 2}  # nor does the next line follow
+    assert walls.count(prompt, text.replace("####=4", "####=5")) == tried | {"answers_wrong": 1}
 
 
 def test_the_student_with_another_stop_is_the_same_but_for_that(tmp_path):

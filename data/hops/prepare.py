@@ -4,20 +4,20 @@
     python data/hops/prepare.py --sft         # also supervised text: for the two checkpoints, and for comparisons
     python data/hops/prepare.py --tokenizer   # also the tokenizer and the two configurations
 
-A gate is a multiple of 20. A prompt names two hops, the digit in which walls end, and a start for each stage; a
-response goes through the stages:
+A gate is a multiple of 20. A prompt names two hops, the digit in which walls end, a score and a start for each stage; a
+response goes through the stages and keeps the score:
 
-    a+7b+13x5                 two hops; walls are 5, 15, 25, ...
-    8/14                      stage 8: from 14, is a gate before a wall by hops of 7, or by hops of 13?
+    a+7b+13x5=12             two hops; walls are 5, 15, 25, ...; the score at the beginning
+    8/14                     stage 8: from 14, is a gate before a wall by hops of 7, or by hops of 13?
     9/19
-     +                        the plan: careful. Hasty, ` -`, answers without hopping
-    8/14 a8+7 21 28 35x       by hops of 7 a wall, so not a
-    <8/14 B8+13 27 40!        <: back; the other hop, in capitals: a gate
-    9/19 a9+7 26 33 40!
-    #### b8 a9                the answer
+     +                       the plan: careful. Hasty, ` -`, is to choose without hopping, and to guess
+    8/14 a+7 21 28 35x       by hops of 7 a wall, so not a
+    <8/14 B+13 27 40=14      <: back; the other hop, in capitals: a gate, whose 2 points are added
+    9/19 a+7 26 33 40=16
+    ####=16                  the answer: the score at the end
 
-Which hop is right cannot be seen at a glance, it takes the hops. The teacher need not try: it is shown the answer
-before the prompt (`teacher_prompt` of the rows), so in its own text no try ever ends at a wall. The student is not
+Which hop is right cannot be seen at a glance, it takes the hops. The teacher need not try: it is shown the right one
+behind each start (`teacher_prompt` of the rows), so in its own text no try ever ends at a wall. The student is not
 shown it and has to try; and what to do at a wall is seen only in text that it writes.
 """
 
@@ -35,13 +35,14 @@ sys.path.insert(0, str(HERE.parent.parent))
 from data.embedded import write_jsonl, write_pair
 
 RING, GATE = 100, 20  # numbers; gates are multiples of this
+SCORES = 30  # the score is counted modulo this
 STAGES = 24  # of a problem
 # What a problem's stages are numbered lies within; it begins anywhere, so that prefixes meet more than the first four
-# numbers. The lessons have more: those at the ends are rare, and some were not learnt.
+# numbers. The lessons have more, since those at the ends are rare.
 NUMBERS, LESSON_NUMBERS = (5, 34), (1, 40)
 HOPS = 7, 13, 17, 23, 29, 31, 37, 41  # each visits the whole ring
-# What the student does, with its probability: answers without trying; takes the wrong hop first, since it does not
-# know; goes on to the next stage where a try has ended at a wall. The teacher does none of it.
+# What the student does, with its probability: guesses all; takes the wrong hop first, since it does not know;
+# goes on to the next stage where a try has ended at a wall. The teacher does none of it.
 HABITS = {"hasty": 0.65, "wrong": 0.5, "leave": 0.1}
 
 
@@ -54,16 +55,21 @@ def hop(start: int, by: int, wall: int) -> list[int]:
     return path
 
 
+def points(end: int) -> int:
+    """1 to 5 of a gate, nothing of a wall."""
+    return 0 if end % GATE else end // GATE or 5
+
+
 def make_problem(rng: random.Random, stages: int, first: int, test: bool = False) -> dict:
-    """{"hops": (a, b), "wall": the digit, "starts": {number: start}, "right": {number: 0 for a, 1 for b}}; first: the
-    number of the first stage."""
+    """{"hops": (a, b), "wall": the digit, "score": at the beginning, "starts": {number: start}, "right": {number: 0 for
+    a, 1 for b}}; first: the number of the first stage."""
     numbers = range(first, first + stages)
     while True:
-        problem = {"hops": rng.sample(HOPS, 2), "wall": rng.randint(1, 9), "starts": {}}
+        problem = {"hops": rng.sample(HOPS, 2), "wall": rng.randint(1, 9), "score": rng.randrange(SCORES), "starts": {}}
         problem["right"] = dict(zip(numbers, rng.choices((0, 1), k=stages)))  # nothing but hopping tells which
         starts = [], []  # those from which only a, only b, reaches a gate
         for start in rng.sample(range(RING), RING):
-            at_gate = [hop(start, by, problem["wall"])[-1] % GATE == 0 for by in problem["hops"]]
+            at_gate = [points(hop(start, by, problem["wall"])[-1]) > 0 for by in problem["hops"]]
             if at_gate[0] != at_gate[1] and start % GATE and start % 10 != problem["wall"]:
                 starts[at_gate[1]].append(start)
         if any(list(problem["right"].values()).count(letter) > len(starts[letter]) for letter in (0, 1)):
@@ -73,27 +79,27 @@ def make_problem(rng: random.Random, stages: int, first: int, test: bool = False
             return problem
 
 
-def prompt_text(problem: dict) -> str:
+def prompt_text(problem: dict, shown: bool = False) -> str:
+    """shown: with the right hop behind each start."""
     a, b = problem["hops"]
-    return f"a+{a}b+{b}x{problem['wall']}\n" + "".join(f"{i}/{start}\n" for i, start in problem["starts"].items())
+    letters = {i: f" {'ab'[right]}" for i, right in problem["right"].items()} if shown else {}
+    return f"a+{a}b+{b}x{problem['wall']}={problem['score']}\n" + "".join(
+        f"{i}/{start}{letters.get(i, '')}\n" for i, start in problem["starts"].items())
 
 
-def answer_text(problem: dict) -> str:
-    return "".join(f" {'ab'[right]}{i}" for i, right in problem["right"].items())
-
-
-def line(problem: dict, number: int, letter: str) -> tuple[bool, str]:
-    """(whether a gate is reached, the line from the hop on)"""
+def line(problem: dict, number: int, letter: str, score: int) -> tuple[int, str]:
+    """(the score behind it, the line from the hop on)"""
     by = problem["hops"]["ab".index(letter.lower())]
     path = hop(problem["starts"][number], by, problem["wall"])
-    found = path[-1] % GATE == 0
-    return found, f"+{by}" + "".join(f" {x}" for x in path) + ("!\n" if found else "x\n")
+    got = points(path[-1])
+    score = (score + got) % SCORES
+    return score, f"+{by}" + "".join(f" {x}" for x in path) + (f"={score}\n" if got else "x\n")
 
 
 def write(problem: dict, rng: random.Random | None = None, habits: dict | None = None, until: int = 10**6) -> tuple:
     """(response, characters up to the last choice made by habit): the teacher's response, or one whose first `until`
     choices are made by the student's habits."""
-    text, made, cut, answer = "", 0, 0, ""
+    text, made, cut, score = "", 0, 0, problem["score"]
 
     def choose(habit: str) -> bool:
         """Whether to do what the teacher does."""
@@ -112,51 +118,56 @@ def write(problem: dict, rng: random.Random | None = None, habits: dict | None =
     for i, start in problem["starts"].items():
         text += f"{i}/{start}" if text.endswith("\n") else f"/{start}"  # the number stands there if a stage was left
         option = problem["right"][i] if choose("wrong") else 1 - problem["right"][i]
-        add(f" {'ab'[option]}{i}")
+        add(f" {'ab'[option]}")
         if not careful:
             text += "\n"
-        else:
-            found, more = line(problem, i, "ab"[option])
-            text += more
-            if not found:
-                again = choose("leave")
-                add("<" if again else str(i + 1) if i + 1 in problem["right"] else "####")
-                if again:
-                    option = 1 - option
-                    text += f"{i}/{start} {'AB'[option]}{i}" + line(problem, i, "AB"[option])[1]
-        answer += f" {'ab'[option]}{i}"
-    return text + ("" if text.endswith("####") else "####") + answer, cut
+            continue
+        score, rest = line(problem, i, "ab"[option], score)
+        text += rest
+        if rest.endswith("x\n"):
+            again = choose("leave")
+            add("<" if again else str(i + 1) if i + 1 in problem["right"] else "####")
+            if again:
+                score, rest = line(problem, i, "AB"[1 - option], score)
+                text += f"{i}/{start} {'AB'[1 - option]}{rest}"
+    score = score if careful else rng.randrange(SCORES)
+    return text + ("" if text.endswith("####") else "####") + f"={score}", cut
 
 
 def make_rows(
     wanted: int, seed: str, stages: tuple[int, int] = (STAGES, STAGES), *, numbers: tuple[int, int] = NUMBERS,
-    habits: dict | None = None, begun: bool = False, solutions: bool = True,
+    habits: dict | None = None, shown: bool = False, solutions: bool = True,
 ) -> list[dict]:
-    """Rows {"prompt", "teacher_prompt", "answer", "solution"}, the solution only where `solutions`: the teacher's, or
-    by `habits`; with `begun`, half of the rows have the teacher go on from a beginning by `habits`, which stands in the
-    prompt, where nothing is learnt. stages: the fewest and the most; numbers: of stages, the first and the last."""
+    """Rows {"prompt", "shown", "teacher_prompt", "answer", "solution"}, the solution only where `solutions`: the
+    teacher's, or by `habits`. With `shown` the prompt is what the teacher reads, and half of the rows have it go on
+    from a beginning by `habits`, which stands in the prompt, where nothing is learnt. stages: the fewest and the most;
+    numbers: of stages, the first and the last."""
     rng, rows = random.Random(seed), []
     for _ in range(wanted):
         n = rng.randint(*stages)
         problem = make_problem(rng, n, rng.randint(numbers[0], numbers[1] + 1 - n), test=seed == "test")
-        row = {"prompt": prompt_text(problem), "teacher_prompt": " {answer}\n{prompt}",
-               "answer": answer_text(problem)[1:]}
-        if begun and rng.random() < 0.5:
-            text, cut = write(problem, rng, habits, rng.randint(1, 2 * n))
-            row |= {"prompt": row["prompt"] + text[:cut], "solution": text[cut:]}
+        row = {"prompt": prompt_text(problem), "shown": prompt_text(problem, shown=True), "teacher_prompt": "{shown}",
+               "answer": write(problem)[0].split("####")[1]}
+        if shown:
+            row["prompt"], cut = row["shown"], 0
+            row["solution"] = write(problem)[0]
+            if rng.random() < 0.5:
+                row["solution"], cut = write(problem, rng, habits, rng.randint(1, 2 * n))
+            row["prompt"] += row["solution"][:cut]
+            row["solution"] = row["solution"][cut:]
         elif solutions:
-            row["solution"], _ = write(problem, rng, None if begun else habits)
+            row["solution"], _ = write(problem, rng, habits)
         rows.append(row)
     return rows
 
 
 def write_tokenizer() -> None:
-    """A number of the ring is one token with the mark before it, a hop with its +, a choice with its stage."""
+    """A number of the ring is one token with the mark before it, a hop with its +, a score with its =."""
     words = [f"{mark}{x}" for x in range(RING) for mark in " /"] + [f"+{x}" for x in HOPS]
-    words += [f"{mark}{i}" for i in range(1, LESSON_NUMBERS[1] + 1) for mark in ("", " a", " b", " A", " B")]
-    words = words * 9 + [" +", " -", "####"] * 90  # the frequent ones are merged first
-    write_pair(HERE, r"[ /+]?\d+| [abAB]\d+| [+-]|#+|\n|.", words, rope_theta=1e4, teacher=64, student=64, layers=3,
-               kv_heads=1)
+    words += [f"={x}" for x in range(SCORES)] + [f"{i}" for i in range(1, LESSON_NUMBERS[1] + 1)]
+    words = words * 9 + [" a", " b", " A", " B", " +", " -", "####"] * 90  # the frequent ones are merged first
+    write_pair(HERE, r"[ /+=]?\d+| [abAB+-]|#+|\n|.", words, rope_theta=1e4, teacher=64, student=64, layers=3,
+               kv_heads=2)
 
 
 def main() -> None:
@@ -172,26 +183,23 @@ def main() -> None:
     if args.sft:
         clean = make_rows(2000, "clean")  # the teacher's text, to compare with
         write_jsonl(HERE / "few.jsonl", train[:8])
-        write_jsonl(HERE / "shown.jsonl", [r | {"prompt": f" {r['answer']}\n{r['prompt']}"} for r in test])
+        write_jsonl(HERE / "shown.jsonl", [row | {"prompt": row["shown"]} for row in test])
         write_jsonl(HERE / "sft_few.jsonl", clean[:8])
         write_jsonl(HERE / "sft_clean.jsonl", clean)
         persistent = {"hasty": 0, "wrong": 0.5, "leave": 0}  # has walls in it, and the way back from them
         write_jsonl(HERE / "sft_recovered.jsonl", make_rows(2000, "recovered", habits=persistent))
-        some, all_of_them, patient = (2, STAGES), (STAGES, STAGES), HABITS | {"hasty": 0.15}
+        patient = HABITS | {"hasty": 0.4}
 
-        def lesson(name: str, n: int, stages: tuple[int, int], **how) -> list[dict]:
-            return make_rows(n, name, stages, numbers=LESSON_NUMBERS, **how)
+        def lesson(name: str, alone: int, shown: int, stages: tuple[int, int], habits: dict) -> None:
+            how = {"stages": stages, "habits": habits, "numbers": LESSON_NUMBERS}
+            write_jsonl(HERE / f"sft_{name}.jsonl", make_rows(alone, name, **how)
+                        + make_rows(shown, f"{name} shown", **how, shown=True))
 
-        write_jsonl(HERE / "sft_short.jsonl", lesson("short", 40_000, (3, 3), habits=patient))
-        write_jsonl(HERE / "sft_mixed.jsonl", lesson("mixed", 25_000, some, habits=patient))
-        write_jsonl(HERE / "sft_full.jsonl", lesson("full", 8_000, all_of_them, habits=patient))
-        write_jsonl(HERE / "sft_student.jsonl", lesson("student", 4_000, all_of_them, habits=HABITS))
-        for size, n, m, stages in (" short", 12_000, 4_000, (2, 4)), ("", 16_000, 6_000, some), (
-                " full", 6_000, 2_000, all_of_them):
-            shown = lesson(f"teacher{size}", n, stages, habits=patient, begun=True)
-            shown = [r | {"prompt": f" {r['answer']}\n{r['prompt']}"} for r in shown]
-            alone = lesson(f"alone{size}", m, stages, habits=persistent)  # shown nothing, it has to try as well
-            write_jsonl(HERE / f"sft_teacher{size.replace(' ', '_')}.jsonl", [*shown, *alone])
+        lesson("short", 16_000, 16_000, (2, 6), patient)
+        lesson("mixed", 10_000, 14_000, (2, STAGES), patient)
+        lesson("full", 8_000, 0, (STAGES, STAGES), patient)
+        lesson("student", 4_000, 0, (STAGES, STAGES), HABITS)
+        lesson("teacher", 0, 10_000, (STAGES, STAGES), patient)
 
 
 if __name__ == "__main__":

@@ -13,21 +13,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from data.hops.prepare import line
 
-LINE = re.compile(r"<?(\d+)/\d+ ([abAB])\d+(.*)")
+LINE = re.compile(r"<?(\d+)/\d+ ([abAB])(.*)")
 
 
 def read_problem(prompt: str) -> dict:
-    """As make_problem makes it, without what is right; of a prompt with the answer before it, too."""
-    prompt = prompt[prompt.index("a+") :]
-    (a, b, wall), *starts = ([int(x) for x in re.findall(r"\d+", text)] for text in prompt.splitlines())
-    return {"hops": (a, b), "wall": wall, "starts": dict(starts)}
+    """As make_problem makes it, without what is right; of the teacher's prompt, too."""
+    (a, b, wall, score), *starts = ([int(x) for x in re.findall(r"\d+", text)] for text in prompt.splitlines())
+    return {"hops": (a, b), "wall": wall, "score": score, "starts": dict(starts)}
 
 
-def count(prompt: str, answer: str, response: str) -> dict[str, int]:
+def count(prompt: str, response: str) -> dict[str, int]:
     """Of a careful response: lines; lines with a slip, which no careful text has; stages begun, and with the right
-    hop; walls behind a first hop, and after how many of them the other one was tried."""
-    problem, right = read_problem(prompt), answer.split()
-    lines, found = response.split("\n")[1:-1], dict.fromkeys(("lines", "slips", "begun", "right", "walls", "again"), 0)
+    hop; walls behind a first hop, and after how many of them the other one was tried; answers that are not the
+    score written last."""
+    problem = read_problem(prompt)
+    keys = ("lines", "slips", "begun", "right", "walls", "again", "answers_wrong")
+    found, lines, score = dict.fromkeys(keys, 0), response.split("\n"), problem["score"]
+    lines, answer = lines[1:-1], lines[-1]
     for text, following in zip(lines, [*lines[1:], ""]):
         found["lines"] += 1
         parts = LINE.fullmatch(text)
@@ -35,15 +37,18 @@ def count(prompt: str, answer: str, response: str) -> dict[str, int]:
             found["slips"] += 1
             continue
         number, letter, rest = parts.groups()
-        true_start, true_line = problem["starts"][int(number)], line(problem, int(number), letter)[1]
-        true = f"{'<' * (letter in 'AB')}{number}/{true_start} {letter}{number}{true_line}"
+        true_start, true_line = problem["starts"][int(number)], line(problem, int(number), letter, score)[1]
+        true = f"{'<' * (letter in 'AB')}{number}/{true_start} {letter}{true_line}"
         found["slips"] += text + "\n" != true
         if letter in "ab":
             found["begun"] += 1
-            found["right"] += letter + number in right
+            found["right"] += "x" not in true_line
             if rest.endswith("x"):
                 found["walls"] += 1
                 found["again"] += following.startswith("<")
+        if written := re.search(r"=(\d+)$", rest):
+            score = int(written[1])
+    found["answers_wrong"] += answer != f"####={score}"
     return found
 
 
@@ -52,13 +57,13 @@ def main() -> None:
         with open(path, encoding="utf-8") as f:
             records = [json.loads(text) for text in f if '"response"' in text]
         careful = [r for r in records if r["response"].startswith(" +")]
-        found = [count(r["prompt"], r["answer"], r["response"]) for r in careful]
+        found = [count(r["prompt"], r["response"]) for r in careful]
         n = {key: sum(f[key] for f in found) for key in found[0]} if found else {}
         print(f"{path}: {len(records)} responses, careful {len(careful) / len(records):.2f}")
         if n:
             print(f"  the other hop tried after {n['again'] / max(1, n['walls']):.3f} of {n['walls']} walls; first "
                   f"hop right {n['right'] / n['begun']:.3f} of {n['begun']}; slips in {n['slips'] / n['lines']:.4f} "
-                  f"of {n['lines']} lines")
+                  f"of {n['lines']} lines; answers other than the score {n['answers_wrong']}")
 
 
 if __name__ == "__main__":

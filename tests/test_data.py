@@ -246,6 +246,8 @@ def test_from_every_start_one_hop_reaches_a_gate_and_the_other_a_wall(split, cou
         *by, wall, score = map(int, re.findall(r"\d+", given))
         ends = {wall + 10 * i: "x" for i in range(10)} | {20: 1, 40: 2, 60: 3, 80: 4, 0: 5}
         shown = [given]
+        numbers = [int(stage.split("/")[0]) for stage in stages]
+        assert len(numbers) == 24 and numbers == [(numbers[0] - 1 + k) % 40 + 1 for k in range(24)]
         for stage in stages:
             reached = []
             for step in by:
@@ -277,7 +279,10 @@ def test_after_a_wall_the_other_hop_is_tried_or_the_stage_is_left():
     assert text[:cut] == " +\n9/8 a"  # two choices by habit, then the teacher goes on
     left = hops.write(problem, always, {"hasty": 0, "wrong": 1, "leave": 1})[0]
     assert left.splitlines()[2:] == ["10/34 a+7 41 48 55x", "####=28"]
-    assert re.fullmatch(r" -\n####=\d+", hops.write(problem, always, {"hasty": 1})[0])
+    hasty = hops.write(problem, always, {"hasty": 1, "wrong": 1})[0]
+    assert re.fullmatch(r" -\n9/8 a\n10/34 a\n####=\d+", hasty)
+    unsure = hops.write(problem, always, {"hasty": 0, "wrong": 1}, until=2, then={"wrong": 1, "leave": 0})[0]
+    assert unsure.splitlines()[3:5] == ["10/34 a+7 41 48 55x", "<10/34 B+13 47 60=4"]  # as the teacher's last lesson
     nothing = dict.fromkeys(("lines", "slips", "begun", "right", "walls", "again", "answers_wrong"), 0)
     assert walls.count(prompt, left) == nothing | {"lines": 2, "begun": 2, "walls": 2}
     tried = nothing | {"lines": 3, "begun": 2, "right": 1, "walls": 1, "again": 1}

@@ -37,13 +37,12 @@ from data.embedded import write_jsonl, write_pair
 RING, GATE = 100, 20  # numbers; gates are multiples of this
 SCORES = 30  # the score is counted modulo this
 STAGES = 24  # of a problem
-# What a problem's stages are numbered lies within; it begins anywhere, so that prefixes meet more than the first four
-# numbers. The lessons have more, since those at the ends are rare.
-NUMBERS, LESSON_NUMBERS = (5, 34), (1, 40)
+NUMBERS = 40  # stages are numbered round a ring too, from anywhere on, so that prefixes meet every number
 HOPS = 7, 13, 17, 23, 29, 31, 37, 41  # each visits the whole ring
 # What the student does, with its probability: guesses all; takes the wrong hop first, since it does not know;
 # goes on to the next stage where a try has ended at a wall. The teacher does none of it.
 HABITS = {"hasty": 0.65, "wrong": 0.5, "leave": 0.1}
+UNSURE = {"hasty": 0, "wrong": 0.01, "leave": 0}  # the teacher: if surer, it would make every guess too dear
 
 
 @functools.cache
@@ -60,10 +59,11 @@ def points(end: int) -> int:
     return 0 if end % GATE else end // GATE or 5
 
 
-def make_problem(rng: random.Random, stages: int, first: int, test: bool = False) -> dict:
+def make_problem(rng: random.Random, stages: int, test: bool = False) -> dict:
     """{"hops": (a, b), "wall": the digit, "score": at the beginning, "starts": {number: start}, "right": {number: 0 for
-    a, 1 for b}}; first: the number of the first stage."""
-    numbers = range(first, first + stages)
+    a, 1 for b}}"""
+    first = rng.randrange(NUMBERS)
+    numbers = [(first + k) % NUMBERS + 1 for k in range(stages)]
     while True:
         problem = {"hops": rng.sample(HOPS, 2), "wall": rng.randint(1, 9), "score": rng.randrange(SCORES), "starts": {}}
         problem["right"] = dict(zip(numbers, rng.choices((0, 1), k=stages)))  # nothing but hopping tells which
@@ -96,16 +96,21 @@ def line(problem: dict, number: int, letter: str, score: int) -> tuple[int, str]
     return score, f"+{by}" + "".join(f" {x}" for x in path) + (f"={score}\n" if got else "x\n")
 
 
-def write(problem: dict, rng: random.Random | None = None, habits: dict | None = None, until: int = 10**6) -> tuple:
-    """(response, characters up to the last choice made by habit): the teacher's response, or one whose first `until`
-    choices are made by the student's habits."""
+def write(
+    problem: dict, rng: random.Random | None = None, habits: dict | None = None, until: int = 10**6,
+    then: dict | None = None,
+) -> tuple[str, int]:
+    """(response, characters up to the last choice made by habit): all right, or with the first `until` choices made by
+    `habits` and the others by `then`."""
     text, made, cut, score = "", 0, 0, problem["score"]
+    numbers = [*problem["starts"], "####"]
 
     def choose(habit: str) -> bool:
-        """Whether to do what the teacher does."""
+        """Whether to do what is right."""
         nonlocal made
         made += 1
-        return habits is None or made > until or rng.random() >= habits[habit]
+        now = habits if made <= until else then
+        return now is None or rng.random() >= now[habit]
 
     def add(more: str) -> None:
         """Write what was chosen."""
@@ -115,7 +120,7 @@ def write(problem: dict, rng: random.Random | None = None, habits: dict | None =
 
     careful = choose("hasty")
     add(" +\n" if careful else " -\n")
-    for i, start in problem["starts"].items():
+    for k, (i, start) in enumerate(problem["starts"].items()):
         text += f"{i}/{start}" if text.endswith("\n") else f"/{start}"  # the number stands there if a stage was left
         option = problem["right"][i] if choose("wrong") else 1 - problem["right"][i]
         add(f" {'ab'[option]}")
@@ -126,7 +131,7 @@ def write(problem: dict, rng: random.Random | None = None, habits: dict | None =
         text += rest
         if rest.endswith("x\n"):
             again = choose("leave")
-            add("<" if again else str(i + 1) if i + 1 in problem["right"] else "####")
+            add("<" if again else f"{numbers[k + 1]}")
             if again:
                 score, rest = line(problem, i, "AB"[1 - option], score)
                 text += f"{i}/{start} {'AB'[1 - option]}{rest}"
@@ -135,26 +140,22 @@ def write(problem: dict, rng: random.Random | None = None, habits: dict | None =
 
 
 def make_rows(
-    wanted: int, seed: str, stages: tuple[int, int] = (STAGES, STAGES), *, numbers: tuple[int, int] = NUMBERS,
-    habits: dict | None = None, shown: bool = False, solutions: bool = True,
+    wanted: int, seed: str, stages: tuple[int, int] = (STAGES, STAGES), *, habits: dict | None = None,
+    then: dict | None = None, shown: bool = False, solutions: bool = True,
 ) -> list[dict]:
-    """Rows {"prompt", "shown", "teacher_prompt", "answer", "solution"}, the solution only where `solutions`: the
-    teacher's, or by `habits`. With `shown` the prompt is what the teacher reads, and half of the rows have it go on
-    from a beginning by `habits`, which stands in the prompt, where nothing is learnt. stages: the fewest and the most;
-    numbers: of stages, the first and the last."""
+    """Rows {"prompt", "shown", "teacher_prompt", "answer", "solution"}, the solution only where `solutions`: all right,
+    or by `habits`. With `shown` the prompt is what the teacher reads; half of the rows go on from a beginning by
+    `habits`, which stands in the prompt, where nothing is learnt, and all by `then`. stages: the fewest and the most.
+    """
     rng, rows = random.Random(seed), []
     for _ in range(wanted):
         n = rng.randint(*stages)
-        problem = make_problem(rng, n, rng.randint(numbers[0], numbers[1] + 1 - n), test=seed == "test")
+        problem = make_problem(rng, n, test=seed == "test")
         row = {"prompt": prompt_text(problem), "shown": prompt_text(problem, shown=True), "teacher_prompt": "{shown}",
                "answer": write(problem)[0].split("####")[1]}
         if shown:
-            row["prompt"], cut = row["shown"], 0
-            row["solution"] = write(problem)[0]
-            if rng.random() < 0.5:
-                row["solution"], cut = write(problem, rng, habits, rng.randint(1, 2 * n))
-            row["prompt"] += row["solution"][:cut]
-            row["solution"] = row["solution"][cut:]
+            text, cut = write(problem, rng, habits, rng.randint(1, 2 * n) if rng.random() < 0.5 else 0, then)
+            row |= {"prompt": row["shown"] + text[:cut], "solution": text[cut:]}
         elif solutions:
             row["solution"], _ = write(problem, rng, habits)
         rows.append(row)
@@ -164,7 +165,7 @@ def make_rows(
 def write_tokenizer() -> None:
     """A number of the ring is one token with the mark before it, a hop with its +, a score with its =."""
     words = [f"{mark}{x}" for x in range(RING) for mark in " /"] + [f"+{x}" for x in HOPS]
-    words += [f"={x}" for x in range(SCORES)] + [f"{i}" for i in range(1, LESSON_NUMBERS[1] + 1)]
+    words += [f"={x}" for x in range(SCORES)] + [f"{i}" for i in range(1, NUMBERS + 1)]
     words = words * 9 + [" a", " b", " A", " B", " +", " -", "####"] * 90  # the frequent ones are merged first
     write_pair(HERE, r"[ /+=]?\d+| [abAB+-]|#+|\n|.", words, rope_theta=1e4, teacher=64, student=64, layers=3,
                kv_heads=2)
@@ -190,16 +191,16 @@ def main() -> None:
         write_jsonl(HERE / "sft_recovered.jsonl", make_rows(2000, "recovered", habits=persistent))
         patient = HABITS | {"hasty": 0.4}
 
-        def lesson(name: str, alone: int, shown: int, stages: tuple[int, int], habits: dict) -> None:
-            how = {"stages": stages, "habits": habits, "numbers": LESSON_NUMBERS}
+        def lesson(name: str, alone: int, shown: int, fewest: int, most: int, habits: dict, **how) -> None:
+            how |= {"stages": (fewest, most), "habits": habits}
             write_jsonl(HERE / f"sft_{name}.jsonl", make_rows(alone, name, **how)
-                        + make_rows(shown, f"{name} shown", **how, shown=True))
+                        + make_rows(shown, f"{name} shown", shown=True, **how))
 
-        lesson("short", 16_000, 16_000, (2, 6), patient)
-        lesson("mixed", 10_000, 14_000, (2, STAGES), patient)
-        lesson("full", 8_000, 0, (STAGES, STAGES), patient)
-        lesson("student", 4_000, 0, (STAGES, STAGES), HABITS)
-        lesson("teacher", 0, 10_000, (STAGES, STAGES), patient)
+        lesson("short", 16_000, 16_000, 2, 6, patient)
+        lesson("mixed", 12_000, 12_000, 2, STAGES, patient)
+        lesson("full", 10_000, 10_000, STAGES, STAGES, patient)
+        lesson("student", 4_000, 0, STAGES, STAGES, HABITS)
+        lesson("teacher", 0, 10_000, STAGES, STAGES, patient, then=UNSURE)
 
 
 if __name__ == "__main__":

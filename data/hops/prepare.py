@@ -17,7 +17,7 @@ response goes through the stages and keeps the score:
     ####=16                  the answer: the score at the end
 
 Which hop is right cannot be seen at a glance, it takes the hops. The teacher need not try: it is shown the right one
-behind each start (`teacher_prompt` of the rows), so in its own text no try ever ends at a wall. The student is not
+behind each start (`teacher_prompt` of the rows), so in its own text hardly a try ends at a wall. The student is not
 shown it and has to try; and what to do at a wall is seen only in text that it writes.
 """
 
@@ -39,10 +39,10 @@ SCORES = 30  # the score is counted modulo this
 STAGES = 24  # of a problem
 NUMBERS = 40  # stages are numbered round a ring too, from anywhere on, so that prefixes meet every number
 HOPS = 7, 13, 17, 23, 29, 31, 37, 41  # each visits the whole ring
-# What the student does, with its probability: guesses all; takes the wrong hop first, since it does not know;
-# goes on to the next stage where a try has ended at a wall. The teacher does none of it.
+# What the student does, with its probability: is hasty; takes the wrong hop first, since it does not know; goes on to
+# the next stage where a try has ended at a wall.
 HABITS = {"hasty": 0.65, "wrong": 0.5, "leave": 0.1}
-UNSURE = {"hasty": 0, "wrong": 0.01, "leave": 0}  # the teacher: if surer, it would make every guess too dear
+UNSURE = {"hasty": 0, "wrong": 0.01, "leave": 0}  # the teacher; if it were surer, every guess would cost too much
 
 
 @functools.cache
@@ -182,7 +182,7 @@ def main() -> None:
     if args.tokenizer:
         write_tokenizer()
     if args.sft:
-        clean = make_rows(2000, "clean")  # the teacher's text, to compare with
+        clean = make_rows(2000, "clean")  # text without walls, to compare with
         write_jsonl(HERE / "few.jsonl", train[:8])
         write_jsonl(HERE / "shown.jsonl", [row | {"prompt": row["shown"]} for row in test])
         write_jsonl(HERE / "sft_few.jsonl", clean[:8])

@@ -24,6 +24,7 @@ run whole --prefix_len 1024
 for length in 64 32 16 8 128; do run prefix$length --prefix_len $length; done
 run off_policy --prefix_len 1024 --rollout teacher
 run seqkd --prefix_len 1024 --rollout teacher --loss cross_entropy
+run off_clean --prefix_len 1024 --rollout data $other/sft_clean.jsonl --teacher data/hops/teacher
 run sft --prefix_len 1024 --rollout data --loss cross_entropy $other/sft_clean.jsonl
 run recovered --prefix_len 1024 --rollout data --loss cross_entropy $other/sft_recovered.jsonl
 ends="--eval_every 0"  # these are evaluated before and after only
@@ -43,13 +44,13 @@ run whole_2.5e-4 --prefix_len 1024 --lr 2.5e-4 $ends
 run prefix64_1e-3 --prefix_len 64 --lr 1e-3 $ends
 run whole_1e-3 --prefix_len 1024 --lr 1e-3 $ends
 wait
-arms=$(ls -d $to/{whole,prefix64,prefix16,off_policy,seqkd,sft,recovered}_seed?)
+arms=$(ls -d $to/{whole,prefix64,prefix16,off_policy,seqkd,off_clean,sft,recovered}_seed?)
 python eval.py runs $arms --out $to/curves.png | tee $to/curves.txt
 python eval.py positions --max_new_tokens 1024 --num_problems 50 \
     --model data/hops/student,$to/prefix64_seed1/step_000020,$to/whole_seed1/step_000020 --out $to/positions.png
 python eval.py teacher_prefix --lens 0,1,16,64 --num_problems 200 --max_new_tokens 1024 --out $to/teacher_prefix.png
 for arm in $to/*_seed?.txt; do grep -aH "accuracy:\|KL to\|TFLOP" $arm; done > $to/all.txt
-for arm in $to/{whole,prefix64,prefix128,mix64,linear,off_policy,seqkd,sft,recovered,few_whole,few_sft}_seed1; do  # at walls
+for arm in $to/{whole,prefix{64,128},mix64,linear,off_policy,seqkd,off_clean,sft,recovered,few_whole,few_sft}_seed1; do
     python eval.py --model $arm/step_000020 --data hops --temperature 1 --max_new_tokens 1024 --num_problems 200 \
         --out $arm.json > /dev/null
     python data/hops/walls.py $arm.jsonl

@@ -173,7 +173,7 @@ def write_tokenizer() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sft", action="store_true", help="also supervised text (70 MB)")
+    parser.add_argument("--sft", action="store_true", help="also supervised text (64 MB)")
     parser.add_argument("--tokenizer", action="store_true", help="also the tokenizer and the configurations")
     args = parser.parse_args()
     train, test = make_rows(1000, "train", solutions=False), make_rows(500, "test", solutions=False)

@@ -23,7 +23,7 @@ from data.hops import walls
 from data.search import prepare as search
 from data.tokenizer import Tokenizer, as_trained, check_same
 from model import Transformer
-from sample import Config
+from sample import Config, generate
 from tests.reference import solve
 
 TEACHER = HERE / "chains/teacher"
@@ -290,6 +290,26 @@ def test_after_a_wall_the_other_hop_is_tried_or_the_stage_is_left():
     assert walls.count(prompt, text.replace("21 34", "21 35")) == tried | {"slips": 1}
     assert walls.count(prompt, text.replace("60=1", "60=2")) == tried | {"slips": 2}  # nor does the next line follow
     assert walls.count(prompt, text.replace("####=4", "####=5")) == tried | {"answers_wrong": 1}
+
+
+def test_at_the_students_own_walls_the_teacher_turns_back():
+    """Why the student writes: of the embedded pair."""
+    tokenizer, rows, chances = Tokenizer(HERE / "hops/student"), load_jsonl(HERE / "hops/test.jsonl")[:40], []
+    student, teacher = (Transformer.for_reading(HERE / "hops" / name, torch.device("cpu"), tokenizer.vocab_size)
+                        for name in ("student", "teacher"))
+    prompts, back = [tokenizer.encode(row["prompt"]) for row in rows], tokenizer.encode("<")
+    rollout = generate(student, prompts, 1024, tokenizer.stop_ids)
+    for i, row in enumerate(rows):
+        text = tokenizer.decode(rollout.response(i)[:-1])
+        walls_at = [m.end() for m in re.finditer(r"^\d+/.* [ab]\+.*x\n", text, re.MULTILINE)]
+        for before in [text[:end] for end in walls_at if text.startswith(" +")]:
+            p = []
+            for model, prompt in (student, row["prompt"]), (teacher, row["shown"]):
+                hidden = model(torch.tensor([tokenizer.encode(prompt + before)]))[0, -1]
+                p.append((hidden @ model.head.T).softmax(-1)[back])
+            chances.append(torch.cat(p))
+    student_turns, teacher_turns = torch.stack(chances).mean(0).tolist()
+    assert len(chances) > 60 and student_turns < 0.97 and teacher_turns > 0.99
 
 
 def test_the_student_with_another_stop_is_the_same_but_for_that(tmp_path):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# `hops`: every arm of readme.md, three seeds each, then the pictures. Two runs at a time, one thread each. Runs that are
-# complete are not run again. The argument is a folder.
+# `hops`: every arm of readme.md, three seeds each, then the pictures. Two runs at a time, one thread each. What is
+# complete is not run again. The argument is a folder.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1
@@ -9,12 +9,14 @@ mkdir -p $to
 [ -f data/hops/sft_clean.jsonl ] || python data/hops/prepare.py --sft
 other="--student data/hops/student --eval_data data/hops/test.jsonl --data data/hops"  # and the name of a file there
 
-run() {  # name, then flags: waits while two runs are under way
+at_most_two() { while [ $(jobs -rp | wc -l) -ge 2 ]; do sleep 1; done; }
+
+run() {  # name, then flags
     name=$1; shift
     for seed in 1 2 3; do
         folder=$to/${name}_seed$seed
         grep -qs "after 20 steps" $folder.txt && continue
-        while [ $(jobs -rp | wc -l) -ge 2 ]; do sleep 1; done
+        at_most_two
         python train.py --seed $seed --steps 20 --eval_every 5 --max_new_tokens 1024 --out_dir $folder --overwrite "$@" \
             > $folder.txt 2>&1 &
     done
@@ -50,8 +52,17 @@ python eval.py positions --max_new_tokens 1024 --num_problems 50 \
     --model data/hops/student,$to/prefix64_seed1/step_000020,$to/whole_seed1/step_000020 --out $to/positions.png
 python eval.py teacher_prefix --lens 0,1,16,64 --num_problems 200 --max_new_tokens 1024 --out $to/teacher_prefix.png
 for arm in $to/*_seed?.txt; do grep -aH "accuracy:\|KL to\|TFLOP" $arm; done > $to/all.txt
-for arm in $to/{whole,prefix{64,128},mix64,linear,off_policy,seqkd,off_clean,sft,recovered,few_whole,few_sft}_seed1; do
-    python eval.py --model $arm/step_000020 --data hops --temperature 1 --max_new_tokens 1024 --num_problems 200 \
-        --out $arm.json > /dev/null
-    python data/hops/walls.py $arm.jsonl
-done | tee $to/walls.txt
+
+count() {  # problems, arm: accuracy, and what is done at walls
+    python eval.py --model $2/step_000020 --data hops --temperature 1 --max_new_tokens 1024 --num_problems $1 \
+        --out $2.json > /dev/null
+    python data/hops/walls.py $2.jsonl > $2.walls
+}
+
+for arm in $to/{whole,prefix64}_seed?; do at_most_two; count 500 $arm & done
+for arm in $to/{prefix128,mix64,linear,off_policy,seqkd,off_clean,sft,recovered,few_whole,few_sft}_seed1; do
+    at_most_two; count 200 $arm &
+done
+wait
+grep -h '"accuracy"' $to/{whole,prefix64}_seed?.json
+cat $to/*.walls

@@ -612,7 +612,8 @@ def plan(config: Config) -> dict[str, float]:
     size = 2 if (config.dtype or ("bfloat16" if on_gpu else "float32")) == "bfloat16" else 4
     s, t = load_config(checkpoint_folder(config.student, ("config.json",))), None
     if config.teacher:
-        t = load_config(checkpoint_folder(config.teacher, ("config.json",)), any_family=True).get_text_config()
+        scores = not (config.mix or config.rollout == "teacher" or config.shard_teacher)  # and does nothing else
+        t = load_config(checkpoint_folder(config.teacher, ("config.json",)), any_family=scores).get_text_config()
     P, P_t = count_parameters(s), count_parameters(t) if t is not None else 0
     V, H, layers, rows = s.vocab_size, s.hidden_size, s.num_hidden_layers, math.ceil(config.batch_size / config.world)
     # What autograd keeps of a token in a block: inputs of norms in float32, inputs of products in `size` bytes.
@@ -638,7 +639,8 @@ def plan(config: Config) -> dict[str, float]:
     print(f"student {config.student}: {P:,} parameters{teacher}"
           f"\nassumed: prompts of {prompt} tokens ({prompt_t} to the teacher), whole responses of {whole}, {rows} of "
           f"{config.batch_size} rows on a device, micro-batches of {config.micro_tokens} tokens, {size}-byte numbers "
-          "in forward passes\n\nmemory of a device, GB")
+          f"in forward passes ({'GPU' if on_gpu else 'CPU; --device cuda plans for a GPU that is not here'})\n\n"
+          "memory of a device, GB of 1e9 bytes, without evaluation and what torch itself takes")
     found = {f"while {name}": sum(always.values()) + sum(more.values())
              for name, more in (("sampling", sampling), ("learning", learning))}
     for part, b in (always | sampling | learning | {f"in all, {name}": b for name, b in found.items()}).items():

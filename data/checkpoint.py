@@ -20,7 +20,7 @@ def check_config(config) -> None:
     """Refuse by name what model.py does not compute, rather than compute something else."""
     if config.model_type not in FAMILIES:
         raise InputError(f"model_type {config.model_type!r} is not supported ({', '.join(FAMILIES)} are), but for a "
-                         "teacher that only scores")
+                         "teacher that only scores and is not split (--shard_teacher)")
     if head_dim_of(config) % 2:
         raise InputError(f"head_dim must be even for the rotary embedding, found {head_dim_of(config)}")
     if config.num_attention_heads % config.num_key_value_heads:

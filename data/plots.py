@@ -171,7 +171,7 @@ def mean_and_range(values: list[float]) -> str:
     return f"{sum(values) / len(values):.3g}{spread}"
 
 
-def draw_runs(folders: list[str], out: str, goals: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9)) -> None:
+def draw_runs(folders: list[str], out: str, goals: tuple[float, ...] = (0.5, 0.6, 0.75, 0.9)) -> None:
     """Draw accuracies and KL of run folders against FLOP, the mean over seeds with bars from the lowest to the highest;
     print what each reached in the end, and what the first evaluation that reached a goal had cost."""
     groups = group_runs(folders)

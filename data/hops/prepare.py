@@ -16,9 +16,9 @@ response goes through the stages and keeps the score:
     9/19 a+7 26 33 40=16
     ####=16                  the answer: the score at the end
 
-Which hop is right cannot be seen at a glance, it takes the hops. The teacher need not try: it is shown the right one
-behind each start (`teacher_prompt` of the rows), so in its own text hardly a try ends at a wall. The student is not
-shown it and has to try; and what to do at a wall is seen only in text that it writes.
+Which hop is right takes the hops to see, or the memory of a start that was the same modulo 20. The teacher need not
+try: it is shown the right one behind each start (`teacher_prompt` of the rows), so in its own text hardly a try ends at
+a wall. The student is not shown it and has to try; and what to do at a wall is seen only in text that it writes.
 """
 
 import argparse

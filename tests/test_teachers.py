@@ -217,6 +217,9 @@ def test_a_run_with_a_mixture_of_experts_as_teacher(tmp_path):
     for flags in (("--mix", "0.5"), ("--rollout", "teacher")):
         with pytest.raises(InputError, match="a qwen3_moe teacher scores, and does not sample"):
             run(*TINY, *BLIND, *flags, "--teacher", teacher, "--out_dir", tmp_path / "refused")
+    for flags in (("--mix", "0.5"), ("--rollout", "teacher"), ("--shard", "2", "--world", "2", "--shard_teacher")):
+        with pytest.raises(InputError, match="'qwen3_moe' is not supported .* but for a teacher that only scores"):
+            run(*TINY, "--plan", *flags, "--teacher", teacher)
 
 
 def test_flop_of_experts_are_those_that_a_token_meets(tmp_path):

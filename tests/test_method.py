@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 import sample
 import train
 from data import HERE
+from data.flags import parse_flags
 from data.tokenizer import Tokenizer
 from loss import distill_loss
 from model import Transformer
@@ -135,19 +135,17 @@ def test_9_reading_with_the_cache_is_reading_without_it():
 
 
 def test_10_killed_and_resumed_equals_left_alone(tmp_path):
-    def command(out, *more):
-        flags = ["--data", "chains", "--prefix_len", "8", "--batch_size", "4", "--steps", "6", "--save_every", "1",
-                 "--eval_problems", "0", "--eval_kl", "0", "--device", "cpu", "--out_dir", str(out), *more]
-        return [sys.executable, str(Path(train.__file__)), *flags]
-
-    subprocess.run(command(tmp_path / "alone"), check=True, capture_output=True)
-    process = subprocess.Popen(command(tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    flags = ["--data", "chains", "--prefix_len", "8", "--batch_size", "4", "--steps", "6", "--save_every", "1",
+             "--eval_problems", "0", "--eval_kl", "0", "--device", "cpu", "--out_dir"]
+    train.train(parse_flags(Config, "", [*flags, str(tmp_path / "alone")]))
+    process = subprocess.Popen([sys.executable, train.__file__, *flags, str(tmp_path / "killed")],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "killed/step_000002").is_dir():
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    subprocess.run(command(tmp_path / "killed", "--resume"), check=True, capture_output=True)
+    train.train(parse_flags(Config, "", ["--resume", "--out_dir", str(tmp_path / "killed")]))
     for file in ("model.safetensors", "optimizer.safetensors"):
         alone, killed = (load_file(tmp_path / name / "step_000006" / file) for name in ("alone", "killed"))
         assert all(torch.equal(alone[name], killed[name]) for name in alone)

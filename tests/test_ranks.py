@@ -20,6 +20,7 @@ from transformers import Qwen3Config
 
 import train
 from data import HERE, InputError
+from data.flags import parse_flags
 from data.ranks import full
 from data.run import read_log
 from data.tokenizer import Tokenizer
@@ -209,22 +210,32 @@ TINY = ("train.py", "--data", "chains", "--device", "cpu", "--prefix_len", 16, "
         "--eval_problems", 6, "--eval_kl", 4, "--max_new_tokens", 100)
 
 
+def alone(*flags) -> None:
+    """TINY in this process, which has imported everything."""
+    train.train(parse_flags(Config, "", [str(f) for f in (*TINY[1:], *flags)]))
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("one")
+    alone("--out_dir", out)
+    return out
+
+
 @pytest.mark.parametrize("more", [(), ("--shard", 2)])
-def test_torchrun_is_one_command(tmp_path, more):
+def test_torchrun_is_one_command(tmp_path, one, more):
     """As a user starts it: the same log as one process writes, one voice, a loadable checkpoint, an evaluation."""
-    said = torchrun(*TINY, *more, "--out_dir", tmp_path / "two").stdout
+    said = torchrun(*TINY, *more, "--out_dir", tmp_path).stdout
     assert said.count("after 3 steps") == 1 and said.count("8,000 prompts") == 1 and ", 2 ranks" in said
-    subprocess.run([sys.executable, *map(str, TINY), "--out_dir", tmp_path / "one"], cwd=ROOT, check=True,
-                   capture_output=True)
-    one, two = (read_log(tmp_path / name / "log.jsonl") for name in ("one", "two"))
-    for a, b in zip(one, two, strict=True):
+    logs = [read_log(out / "log.jsonl") for out in (one, tmp_path)]
+    for a, b in zip(*logs, strict=True):
         for key in a.keys() & {"step", "tokens", "prefix_len", "accuracy", "finish", "flop_sample", "flop_student"}:
             assert a[key] == b[key], key
         assert "loss" not in a or a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-    a, b = (load_file(tmp_path / name / "step_000003/model.safetensors") for name in ("one", "two"))
+    a, b = (load_file(out / "step_000003/model.safetensors") for out in (one, tmp_path))
     assert all(torch.allclose(a[k], b[k], rtol=0, atol=1e-5) for k in a)
     if not more:
-        model = tmp_path / "two/step_000003"
+        model = tmp_path / "step_000003"
         assert "accuracy" in torchrun("eval.py", "--model", model, "--data", "chains", "--device", "cpu",
                                       "--num_problems", 3, "--max_new_tokens", 8).stdout
 
@@ -244,5 +255,4 @@ def test_a_rank_that_dies_ends_the_others_and_loses_nothing(tmp_path):
     saved = max((tmp_path / "run").glob("step_*"))
     assert load_file(saved / "model.safetensors")
     steps = int(saved.name[5:]) + 2
-    subprocess.run([sys.executable, *map(str, TINY), "--steps", str(steps), "--lr_schedule", "constant", "--resume",
-                    "--out_dir", str(tmp_path / "run")], cwd=ROOT, check=True, capture_output=True)
+    alone("--steps", steps, "--lr_schedule", "constant", "--resume", "--out_dir", tmp_path / "run")

@@ -244,10 +244,11 @@ def test_from_every_start_one_hop_reaches_a_gate_and_the_other_a_wall(split, cou
     for row in rows[:200]:
         given, *stages = row["prompt"].splitlines()
         *by, wall, score = map(int, re.findall(r"\d+", given))
-        ends = {wall + 10 * i: "x" for i in range(10)} | {20: 1, 40: 2, 60: 3, 80: 4, 0: 5}
+        ends = {11 * i: i for i in range(1, 10)} | {wall + 10 * i: "x" for i in range(10)}
         shown = [given]
         numbers = [int(stage.split("/")[0]) for stage in stages]
-        assert len(numbers) == 24 and numbers == [(numbers[0] - 1 + k) % 40 + 1 for k in range(24)]
+        in_order = [(numbers[0] - 1 + k) % 40 + 1 for k in range(24)]
+        assert sorted(numbers) == sorted(in_order) and numbers != in_order and numbers[-1] == in_order[-1]
         for stage in stages:
             reached = []
             for step in by:
@@ -258,7 +259,7 @@ def test_from_every_start_one_hop_reaches_a_gate_and_the_other_a_wall(split, cou
             assert reached.count("x") == 1
             shown.append(f"{stage} {'ab'[reached[0] == 'x']}")
             score += reached[reached[0] == "x"]
-        assert len(ends) == 15 and row["answer"] == f"={score % 30}" and row["teacher_prompt"] == "{shown}"
+        assert row["answer"] == f"={score % 30}" and row["teacher_prompt"] == "{shown}"
         assert row["shown"].splitlines() == shown
         assert is_correct(f" +\n####{row['answer']}", row["answer"])
         assert not is_correct(f"####={(score + 1) % 30}", row["answer"])
@@ -267,29 +268,45 @@ def test_from_every_start_one_hop_reaches_a_gate_and_the_other_a_wall(split, cou
     assert abs(sum(chosen) / len(chosen) - 12) < 0.7 and 1 < min(chosen) < 8 and 16 < max(chosen) < 23
 
 
+@pytest.mark.parametrize("key", [
+    lambda number, start: 0, lambda number, start: start % 10, lambda number, start: start // 10,
+    lambda number, start: start % 20, lambda number, start: number % 10, lambda number, start: (start - number) % 10,
+])
+def test_what_was_right_in_stages_alike_tells_little(key):
+    hits = []  # of guesses by what was right most often where the key was the same
+    for row in load_jsonl(HERE / "hops/train.jsonl"):
+        before, stages = {}, [(int(n), int(s), right) for n, s, right in re.findall(r"(\d+)/(\d+) (.)", row["shown"])]
+        for number, start, right in sorted(stages, key=lambda s: (s[0] - stages[0][0]) % 40):  # as responses go
+            same = before.setdefault(key(number, start), [])
+            if same.count("a") != same.count("b"):
+                hits.append((same.count("a") > same.count("b")) == (right == "a"))
+            same.append(right)
+    assert len(hits) > 4000 and 0.3 < sum(hits) / len(hits) < 0.67
+
+
 def test_after_a_wall_the_other_hop_is_tried_or_the_stage_is_left():
-    problem = {"hops": (7, 13), "wall": 5, "score": 28, "starts": {9: 8, 10: 34}, "right": {9: 1, 10: 1}}
+    problem = {"hops": (7, 13), "wall": 5, "score": 28, "starts": {9: 14, 10: 31}, "right": {9: 1, 10: 1}}
     prompt = hops.prompt_text(problem)
-    assert prompt == "a+7b+13x5=28\n9/8\n10/34\n"
-    assert hops.prompt_text(problem, shown=True) == "a+7b+13x5=28\n9/8 b\n10/34 b\n"
-    assert hops.write(problem)[0] == " +\n9/8 b+13 21 34 47 60=1\n10/34 b+13 47 60=4\n####=4"
+    assert prompt == "a+7b+13x5=28\n9/14\n10/31\n"
+    assert hops.prompt_text(problem, shown=True) == "a+7b+13x5=28\n9/14 b\n10/31 b\n"
+    assert hops.write(problem)[0] == " +\n9/14 b+13 27 40 53 66=4\n10/31 b+13 44=8\n####=8"
     always = random.Random(0)
     text, cut = hops.write(problem, always, {"hasty": 0, "wrong": 1, "leave": 0}, until=2)
-    assert text.splitlines()[1:4] == ["9/8 a+7 15x", "<9/8 B+13 21 34 47 60=1", "10/34 b+13 47 60=4"]
-    assert text[:cut] == " +\n9/8 a"  # two choices by habit, then the teacher goes on
+    assert text.splitlines()[1:4] == ["9/14 a+7 21 28 35x", "<9/14 B+13 27 40 53 66=4", "10/31 b+13 44=8"]
+    assert text[:cut] == " +\n9/14 a"  # two choices by habit, then the teacher goes on
     left = hops.write(problem, always, {"hasty": 0, "wrong": 1, "leave": 1})[0]
-    assert left.splitlines()[2:] == ["10/34 a+7 41 48 55x", "####=28"]
+    assert left.splitlines()[2:] == ["10/31 a+7 38 45x", "####=28"]
     hasty = hops.write(problem, always, {"hasty": 1, "wrong": 1})[0]
-    assert re.fullmatch(r" -\n9/8 a\n10/34 a\n####=\d+", hasty)
+    assert re.fullmatch(r" -\n9/14 a\n10/31 a\n####=\d+", hasty)
     unsure = hops.write(problem, always, {"hasty": 0, "wrong": 1}, until=2, then={"wrong": 1, "leave": 0})[0]
-    assert unsure.splitlines()[3:5] == ["10/34 a+7 41 48 55x", "<10/34 B+13 47 60=4"]  # as the teacher's last lesson
+    assert unsure.splitlines()[3:5] == ["10/31 a+7 38 45x", "<10/31 B+13 44=8"]  # as the teacher's last lesson
     nothing = dict.fromkeys(("lines", "slips", "begun", "right", "walls", "again", "answers_wrong"), 0)
     assert walls.count(prompt, left) == nothing | {"lines": 2, "begun": 2, "walls": 2}
     tried = nothing | {"lines": 3, "begun": 2, "right": 1, "walls": 1, "again": 1}
     assert walls.count(prompt, text) == tried
-    assert walls.count(prompt, text.replace("21 34", "21 35")) == tried | {"slips": 1}
-    assert walls.count(prompt, text.replace("60=1", "60=2")) == tried | {"slips": 2}  # nor does the next line follow
-    assert walls.count(prompt, text.replace("####=4", "####=5")) == tried | {"answers_wrong": 1}
+    assert walls.count(prompt, text.replace("40 53", "40 54")) == tried | {"slips": 1}
+    assert walls.count(prompt, text.replace("66=4", "66=5")) == tried | {"slips": 2}  # nor does the next line follow
+    assert walls.count(prompt, text.replace("####=8", "####=9")) == tried | {"answers_wrong": 1}
 
 
 def test_at_the_students_own_walls_the_teacher_turns_back():
@@ -309,7 +326,7 @@ def test_at_the_students_own_walls_the_teacher_turns_back():
                 p.append((hidden @ model.head.T).softmax(-1)[back])
             chances.append(torch.cat(p))
     student_turns, teacher_turns = torch.stack(chances).mean(0).tolist()
-    assert len(chances) > 60 and student_turns < 0.97 and teacher_turns > 0.99
+    assert len(chances) > 60 and student_turns < 0.95 and teacher_turns > 0.99
 
 
 def test_the_student_with_another_stop_is_the_same_but_for_that(tmp_path):

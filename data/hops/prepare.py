@@ -4,21 +4,26 @@
     python data/hops/prepare.py --sft         # also supervised text: for the two checkpoints, and for comparisons
     python data/hops/prepare.py --tokenizer   # also the tokenizer and the two configurations
 
-A gate is a multiple of 20. A prompt names two hops, the digit in which walls end, a score and a start for each stage; a
-response goes through the stages and keeps the score:
+The gates are 11, 22, 33, ..., 99. A prompt names two hops, the digit in which walls end, a score and a start for each
+stage; a response goes through the stages by their numbers and keeps the score:
 
-    a+7b+13x5=12             two hops; walls are 5, 15, 25, ...; the score at the beginning
-    8/14                     stage 8: from 14, is a gate before a wall by hops of 7, or by hops of 13?
+    a+7b+13x5=12                two hops; walls are 5, 15, 25, ...; the score at the beginning
+    8/14                        stage 8: from 14, is a gate before a wall by hops of 7, or by hops of 13?
+    10/37                       the first stage stands first and the last one last, the others anywhere
     9/19
-     +                       the plan: careful. Hasty, ` -`, is to choose without hopping, and to guess
-    8/14 a+7 21 28 35x       by hops of 7 a wall, so not a
-    <8/14 B+13 27 40=14      <: back; the other hop, in capitals: a gate, whose 2 points are added
-    9/19 a+7 26 33 40=16
-    ####=16                  the answer: the score at the end
+    11/64
+     +                          the plan: careful. Hasty, ` -`, is to choose without hopping, and to guess
+    8/14 a+7 21 28 35x          by hops of 7 a wall, so not a
+    <8/14 B+13 27 40 53 66=18   <: back; the other hop, in capitals: a gate, whose 6 points are added
+    9/19 a+7 26 33=21
+    10/37 a+7 44=25
+    11/64 b+13 77=2
+    ####=2                      the answer: the score at the end, modulo 30
 
-Which hop is right takes the hops to see, or the memory of a start that was the same modulo 20. The teacher need not
-try: it is shown the right one behind each start (`teacher_prompt` of the rows), so in its own text hardly a try ends at
-a wall. The student is not shown it and has to try; and what to do at a wall is seen only in text that it writes.
+Which hop is right cannot be seen at a glance, and the stages before hardly tell; it takes the hops. The teacher need
+not try: it is shown the right one behind each start (`teacher_prompt` of the rows), so in its own text hardly a try
+ends at a wall. The student is not shown it and has to try; and what to do at a wall is seen only in text that it
+writes.
 """
 
 import argparse
@@ -34,47 +39,51 @@ sys.path.insert(0, str(HERE.parent.parent))
 
 from data.embedded import write_jsonl, write_pair
 
-RING, GATE = 100, 20  # numbers; gates are multiples of this
+RING = 100  # numbers
 SCORES = 30  # the score is counted modulo this
 STAGES = 24  # of a problem
 NUMBERS = 40  # stages are numbered round a ring too, from anywhere on, so that prefixes meet every number
 HOPS = 7, 13, 17, 23, 29, 31, 37, 41  # each visits the whole ring
 # What the student does, with its probability: is hasty; takes the wrong hop first, since it does not know; goes on to
 # the next stage where a try has ended at a wall.
-HABITS = {"hasty": 0.65, "wrong": 0.5, "leave": 0.1}
-UNSURE = {"hasty": 0, "wrong": 0.01, "leave": 0}  # the teacher; if it were surer, every guess would cost too much
+HABITS = {"hasty": 0.7, "wrong": 0.5, "leave": 0.1}
+UNSURE = {"hasty": 0, "wrong": 0.003, "leave": 0}  # the teacher; if it were surer, every guess would cost too much
 
 
 @functools.cache
 def hop(start: int, by: int, wall: int) -> list[int]:
     """The numbers, up to the first gate or wall."""
     path = [(start + by) % RING]
-    while path[-1] % GATE and path[-1] % 10 != wall:
+    while path[-1] % 10 != wall and not points(path[-1], wall):
         path.append((path[-1] + by) % RING)
     return path
 
 
-def points(end: int) -> int:
-    """1 to 5 of a gate, nothing of a wall."""
-    return 0 if end % GATE else end // GATE or 5
+def points(end: int, wall: int) -> int:
+    """1 to 9 of a gate, nothing of a wall."""
+    return 0 if end % 11 or end % 10 == wall else end // 11
 
 
 def make_problem(rng: random.Random, stages: int, test: bool = False) -> dict:
-    """{"hops": (a, b), "wall": the digit, "score": at the beginning, "starts": {number: start}, "right": {number: 0 for
-    a, 1 for b}}"""
+    """{"hops": (a, b), "wall": the digit, "score": at the beginning, "starts": {number: start} as the prompt has them,
+    "right": {number: 0 for a, 1 for b} as the response goes through them}"""
     first = rng.randrange(NUMBERS)
     numbers = [(first + k) % NUMBERS + 1 for k in range(stages)]
     while True:
-        problem = {"hops": rng.sample(HOPS, 2), "wall": rng.randint(1, 9), "score": rng.randrange(SCORES), "starts": {}}
+        problem = {"hops": rng.sample(HOPS, 2), "wall": rng.randint(0, 9), "score": rng.randrange(SCORES), "starts": {}}
         problem["right"] = dict(zip(numbers, rng.choices((0, 1), k=stages)))  # nothing but hopping tells which
-        starts = [], []  # those from which only a, only b, reaches a gate
+        wall, only = problem["wall"], ([], [])  # the starts from which only a, and only b, reaches a gate
         for start in rng.sample(range(RING), RING):
-            at_gate = [points(hop(start, by, problem["wall"])[-1]) > 0 for by in problem["hops"]]
-            if at_gate[0] != at_gate[1] and start % GATE and start % 10 != problem["wall"]:
-                starts[at_gate[1]].append(start)
+            at_gate = [points(hop(start, by, wall)[-1], wall) > 0 for by in problem["hops"]]
+            if at_gate[0] != at_gate[1] and start % 10 != wall and not points(start, wall):
+                only[at_gate[1]].append(start)
+        # where all starts of one last digit were of one kind, the digit would tell which
+        starts = [[s for s in own if s % 10 in {x % 10 for x in other}] for own, other in (only, only[::-1])]
         if any(list(problem["right"].values()).count(letter) > len(starts[letter]) for letter in (0, 1)):
             continue  # too few of one kind
-        problem["starts"] = {i: starts[problem["right"][i]].pop() for i in numbers}
+        # mixed up, or a start would be copied from behind the one before, and a wrong one lead to the next
+        mixed = [numbers[0], *rng.sample(numbers[1:-1], stages - 2), numbers[-1]]
+        problem["starts"] = {i: starts[problem["right"][i]].pop() for i in mixed}
         if (hashlib.sha256(json.dumps(problem).encode()).digest()[0] < 16) == test:
             return problem
 
@@ -91,7 +100,7 @@ def line(problem: dict, number: int, letter: str, score: int) -> tuple[int, str]
     """(the score behind it, the line from the hop on)"""
     by = problem["hops"]["ab".index(letter.lower())]
     path = hop(problem["starts"][number], by, problem["wall"])
-    got = points(path[-1])
+    got = points(path[-1], problem["wall"])
     score = (score + got) % SCORES
     return score, f"+{by}" + "".join(f" {x}" for x in path) + (f"={score}\n" if got else "x\n")
 
@@ -103,7 +112,7 @@ def write(
     """(response, characters up to the last choice made by habit): all right, or with the first `until` choices made by
     `habits` and the others by `then`."""
     text, made, cut, score = "", 0, 0, problem["score"]
-    numbers = [*problem["starts"], "####"]
+    numbers = [*problem["right"], "####"]
 
     def choose(habit: str) -> bool:
         """Whether to do what is right."""
@@ -120,7 +129,8 @@ def write(
 
     careful = choose("hasty")
     add(" +\n" if careful else " -\n")
-    for k, (i, start) in enumerate(problem["starts"].items()):
+    for k, i in enumerate(problem["right"]):
+        start = problem["starts"][i]
         text += f"{i}/{start}" if text.endswith("\n") else f"/{start}"  # the number stands there if a stage was left
         option = problem["right"][i] if choose("wrong") else 1 - problem["right"][i]
         add(f" {'ab'[option]}")

@@ -53,10 +53,13 @@ def name_lines(figure, grid, names: list[str]) -> None:
         columns = max(1, min(len(names), 4, 50 * len(grid) // (longest + 8)))
         figure.legend(grid[0].get_lines()[: len(names)], names, loc="outside lower center", ncols=columns, fontsize=9)
         return
+    from matplotlib.patheffects import withStroke
+
+    halo = [withStroke(linewidth=3, foreground="white")]  # a name can be read where another line passes behind it
     for panel in grid:
         labels = [panel.annotate(
             name, (line.get_xdata()[-1], line.get_ydata()[-1]), (7, 0), textcoords="offset points", va="center",
-            color=line.get_color(), fontsize=9, annotation_clip=False, zorder=1)
+            color=line.get_color(), fontsize=9, annotation_clip=False, path_effects=halo)
             for name, line in zip(names, panel.get_lines())]
         figure.draw_without_rendering()
         boxes, up = [label.get_window_extent() for label in labels], [0.0] * len(labels)

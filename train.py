@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import HERE, InputError, embedded_model, load_jsonl, resolve, run_command
+from data import HERE, InputError, embedded_model, load_jsonl, out_of_memory, resolve, run_command
 from data.checkpoint import checkpoint_folder, head_dim_of, load_config
 from data.flags import check_flags, flag, parse_flags
 from data.ranks import add_up, full, gather, join, rank, world
@@ -569,14 +569,13 @@ def say_what_to_change(run: Run, config: Config):
     try:
         yield
     except (FloatingPointError, RuntimeError) as error:
-        out_of_memory = isinstance(error, torch.OutOfMemoryError) or any(
-            words in str(error) for words in ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED"))
-        if not out_of_memory and not isinstance(error, FloatingPointError):
+        ran_out = out_of_memory(error)
+        if not ran_out and not isinstance(error, FloatingPointError):
             raise
-        if run.step and world() == 1 and not (out_of_memory and run.stage == "the optimizer's step"):  # half made
+        if run.step and world() == 1 and not (ran_out and run.stage == "the optimizer's step"):  # half made
             run.save()
         what, mend = error, "Lower --lr, or use --dtype float32"
-        if out_of_memory:
+        if ran_out:
             lower = {"sampling": "--batch_size or --prefix_len", "evaluation": "--eval_batch_size or --micro_tokens"}
             what = f"out of memory in {run.stage}"
             mend = f"Lower {lower.get(run.stage, '--micro_tokens, or add --recompute')}"

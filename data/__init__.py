@@ -14,6 +14,12 @@ class InputError(ValueError):
     """Something the user gave cannot be used. The commands print it as one line and exit with status 2."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Python, a card and a processor each say it in another way."""
+    words = "out of memory", "DefaultCPUAllocator", "ALLOC_FAILED"
+    return isinstance(error, MemoryError) or any(w in str(error) for w in words)
+
+
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
     """InputError that names `path` for whatever goes wrong while it is read: a damaged file is one line. An InputError,
@@ -23,9 +29,7 @@ def reading(path: str | Path) -> Iterator[None]:
     except (InputError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # noqa: BLE001 (panics of libraries' Rust are no Exceptions)
-        wrong = "damaged, or not what it should be"
-        if isinstance(error, MemoryError) or "out of memory" in str(error):
-            wrong = "does not fit into memory"
+        wrong = "does not fit into memory" if out_of_memory(error) else "damaged, or not what it should be"
         raise InputError(f"{path}: {wrong} ({type(error).__name__}: {error})") from None
 
 
@@ -125,6 +129,11 @@ def run_command(main, config) -> None:
         sys.stdout.flush()  # here, where a closed pipe is caught
     except InputError as error:
         fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        lower = (f"--{name}" for name in ("batch_size", "micro_tokens", "max_new_tokens") if hasattr(config, name))
+        fail(f"out of memory; lower {' or '.join(lower)}, if the models fit at all ({error})")
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None

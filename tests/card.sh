@@ -20,12 +20,14 @@ card=("$python")
 drop=12,13,14,15,16,17
 small=()
 times=1
+threads=8
 checks=(tests/test_cuda.py tests/test_method.py)
 if [ -n "${CARD_TINY:-}" ]; then
     export TORCHDYNAMO_DISABLE=1 # the simulated device has no compiler
     card=("$python" -m tests.fake_cuda)
     drop=1
     times=9
+    threads=1
     small=(--steps 1 --batch_size 1 --prefix_len 4 --eval_problems 1 --eval_kl 1 --max_new_tokens 4)
     checks=(--collect-only tests/test_card.py)
 fi
@@ -48,7 +50,7 @@ for name in ("torch", "transformers", "triton", "math-verify"):
 : > "$out/parts.txt"
 
 first=(train.py --prefix_len 1024 --steps 10 --overwrite "${small[@]}")
-OMP_NUM_THREADS=8 part cpu 300 "$python" "${first[@]}" --device cpu --out_dir "$out/cpu" &
+OMP_NUM_THREADS=$threads part cpu 300 "$python" "${first[@]}" --device cpu --out_dir "$out/cpu" &
 part tests 100 "$python" -m pytest -q "${checks[@]}"
 part plain 55 "${card[@]}" "${first[@]}" --out_dir "$out/plain"
 part compiled 115 "${card[@]}" "${first[@]}" --out_dir "$out/compiled" --compile

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import eval as evaluation
-from data import HERE, InputError, load_jsonl
+from data import HERE, InputError, load_jsonl, run_command
 from data.flags import parse_flags
 from data.tokenizer import Tokenizer
 from model import Transformer
@@ -88,6 +88,21 @@ def test_an_evaluation_that_was_interrupted_goes_on(tmp_path, capsys):
     with pytest.raises(InputError, match="exists and holds something else"):
         run(*flags)
     assert out.read_text() == "# Notes\n"
+
+
+def test_where_memory_runs_out_it_is_said_what_to_lower(monkeypatch, capsys):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(evaluation, "generate", full)
+    config = parse_flags(evaluation.Config, "", ["--device", "cpu", "--data", "chains"])
+    with pytest.raises(SystemExit) as ended:
+        run_command(evaluation.main, config)
+    assert ended.value.code == 2
+    assert "error: out of memory; lower --batch_size or --micro_tokens" in capsys.readouterr().err
+    monkeypatch.setattr(evaluation, "generate", lambda *_, **__: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):  # a mistake of ours is a traceback
+        run_command(evaluation.main, config)
 
 
 def test_the_embedded_teacher_is_right_and_ends():

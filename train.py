@@ -634,7 +634,8 @@ def plan(config: Config) -> dict[str, float]:
         "weights gathered by --shard": gathered, "gradients": 4 * P / config.shard, "gradient of the head": 4 * V * H,
         "logits of a chunk": min(CHUNK_ROWS, tokens) * V * 4 * (9 if on_gpu else 2.5),
         "activations kept for backward": tokens * (4 * H * layers + block if config.recompute else block * layers)}
-    teacher = f"; teacher {config.teacher}: {P_t:,}" if P_t else ""
+    apart = f", {size * P_t / 1e9:.1f} GB on {config.teacher_device}" if config.teacher_device else ""
+    teacher = f"; teacher {config.teacher}: {P_t:,}{apart}" if P_t else ""
     print(f"student {config.student}: {P:,} parameters{teacher}"
           f"\nassumed: prompts of {prompt} tokens ({prompt_t} to the teacher), whole responses of {whole}, {rows} of "
           f"{config.batch_size} rows on a device, micro-batches of {config.micro_tokens} tokens, {size}-byte numbers "

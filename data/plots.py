@@ -142,19 +142,18 @@ def read_run(folder: Path) -> dict:
 
 def group_runs(folders: list[str]) -> dict[str, list[dict]]:
     """Runs that differ in the seed, and in flags that change no result, go together, under the flags that set them
-    apart from the others, or, where all folders are called NAME_seed1, NAME_seed2, ..., under that name."""
+    apart from the others. Where all folders are called NAME_seed1, NAME_seed2, ..., those of one name go together,
+    under that name, so that runs of different code are told apart as well."""
     runs, groups = [read_run(Path(f)) for f in folders], {}
     known = dict.fromkeys(k for r in runs for k in r["config"])
     keys = [k for k in known if k not in NOT_COMPARED and len({str(r["config"].get(k) or 0) for r in runs}) > 1]
-    for run in runs:
-        name = ", ".join(f"{k} {run['config'][k]}" for k in keys
-                         if run["config"].get(k) is False or run["config"].get(k))
-        groups.setdefault(name or "all runs", []).append(run)
-    folders = {name: {run["folder"] for run in group} for name, group in groups.items()}
-    called = {name: {re.sub(r"_seed\d+$", "", folder) for folder in of} for name, of in folders.items()}
-    if all(re.search(r"._seed\d+$", folder) for of in folders.values() for folder in of) and (
-            len({tuple(c) for c in called.values() if len(c) == 1}) == len(groups)):
-        groups = {re.sub(r"_|(?<=[a-z])(?=\d)", " ", called[name].pop()): group for name, group in groups.items()}
+    names = [", ".join(f"{k} {r['config'][k]}" for k in keys if r["config"].get(k) is False or r["config"].get(k))
+             or "all runs" for r in runs]
+    called = [re.sub(r"(.)_seed\d+$", r"\1", r["folder"]) for r in runs]
+    if all(c != r["folder"] for c, r in zip(called, runs)) and len({*called}) == len({*zip(called, names)}):
+        names = [re.sub(r"_|(?<=[a-z])(?=\d)", " ", c) for c in called]
+    for name, run in zip(names, runs):
+        groups.setdefault(name, []).append(run)
     return {name: groups[name] for name in sorted(groups, key=lambda name: [
         (0, float(w), "") if re.fullmatch(r"\d[\d.e-]*", w) else (1, 0.0, w) for w in re.split("[ ,]+", name)])}
 

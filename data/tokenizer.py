@@ -269,8 +269,9 @@ def as_trained(config, folder: Path) -> None:
     state = read_json(file) if file.is_file() else {}
     with reading(file):
         trained = state.get("config", {})
-        sets = [trained.get(name) for name in ("eval_data", "data")]  # by name, and the held-out ones first
-        trained["data"] = next((s for s in sets if s and (s in ALSO or (HERE / s).is_dir())), "hops")
+        sets = [trained.get(name) for name in ("eval_data", "data")]  # the held-out one first
+        there = (s for s in sets if s and (s in ALSO or (HERE / s).is_dir() or Path(s).is_file()))
+        trained["data"] = next(there, "hops")
         resume_clock(state)
     defaults = {"data": "hops", "chat": "auto", "system": "", "thinking": "", "teacher_prompt": ""}
     for name, default in defaults.items():

@@ -154,6 +154,11 @@ def test_a_checkpoint_is_prompted_as_it_was_trained(tmp_path, capsys):
     again.typed = set()
     as_trained(again, tmp_path)
     assert again.data == "chains"
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"prompt": "Dan?", "answer": "1"}')
+    (tmp_path / "state.json").write_text(json.dumps({"config": {"data": "chains", "eval_data": str(mine)}}))
+    as_trained(again, tmp_path)
+    assert again.data == str(mine)
     as_trained(config, tmp_path / "none")  # a checkpoint from elsewhere
     assert config.thinking == "off"
 

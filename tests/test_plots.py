@@ -171,6 +171,10 @@ def test_runs_are_grouped_by_what_differs(tmp_path, capsys):
     called = [fake_run(tmp_path / name, length, seed, [0.2, 0.6]) for name, length, seed in (
         ("prefix10_seed1", 10, 1), ("prefix10_seed2", 10, 2), ("a_few_seed1", 9, 1))]
     assert list(plots.group_runs(called)) == ["a few", "prefix 10"]
+    called.append(fake_run(tmp_path / "patched_seed1", 10, 1, [0.2, 0.6]))  # the same flags, another code
+    assert list(plots.group_runs(called)) == ["a few", "patched", "prefix 10"]
+    called.append(fake_run(tmp_path / "patched_seed2", 11, 2, [0.2, 0.6]))  # one name, two settings
+    assert list(plots.group_runs(called)) == ["prefix_len 9", "prefix_len 10", "prefix_len 11"]
     with pytest.raises(InputError, match="never evaluated after the same step"):
         other = Path(fake_run(tmp_path / "a3", 10, 3, [0.2, 0.6])) / "log.jsonl"
         other.write_text(other.read_text().replace('"step": 1,', '"step": 9,'))

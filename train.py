@@ -58,7 +58,7 @@ class Config:
     eval_data: str = flag("", "held-out problems, likewise; empty takes --data's own test split, if it has one")
     chat: str = flag("auto", "through the student's chat template where there is one; on: demand it; off: bare prompts")
     system: str = flag("", "text of a system turn before each prompt, for checkpoints with a chat template")
-    thinking: str = flag("", "on or off, for chat templates that have the switch")
+    thinking: str = flag("", "on or off, for chat templates that have the switch", choices=("", "on", "off"))
     stop_tokens: str = flag("", "further stop tokens besides those both checkpoints declare: names or ids, with commas")
     out_dir: str = flag("out", "where log.jsonl and the checkpoints go")
 
@@ -389,7 +389,7 @@ def distill(config: Config, resume_from: Path | None) -> None:
         inputs["teacher's weights"] = fingerprint(checkpoint_folder(config.teacher))
     run = Run(config, pair, optimizer, resume_from, inputs)
     print(f"{len(rows):,} prompts, {len(test):,} held-out; {device}" + f", {world()} ranks" * (world() > 1))
-    with say_what_to_change(run, config):
+    with say_what_to_change(run):
         run.stage = "sampling"
         if teacher is not None and resume_from is None:
             first_rows = batch_of(rows, 0, config)[:8]
@@ -454,8 +454,7 @@ def distill(config: Config, resume_from: Path | None) -> None:
             run.step += 1
             run.stage = "saving"
             seconds = {"seconds_sample": sample_end - start, "seconds_learn": now(device) - sample_end}
-            record = log_step(run, pair, rollout, stats, seconds, prefix_len, grad_norm)
-            show_progress(bar, record)
+            log_step(run, pair, rollout, stats, seconds, prefix_len, grad_norm, bar)
             if run.step == config.steps or (config.save_every and run.step % config.save_every == 0):
                 run.save()
         if run.step and run.saved != run.checkpoint:  # interrupted
@@ -466,10 +465,11 @@ def distill(config: Config, resume_from: Path | None) -> None:
 
 
 def log_step(
-    run: Run, pair: Pair, rollout: Rollout, stats: dict, seconds: dict, prefix_len: int, grad_norm: float
-) -> dict:
-    """Gather a step from all ranks, its statistics by token and the lengths of its responses, and write its record to
-    log.jsonl (data/readme.md explains the fields). An adaptive prefix grows by them."""
+    run: Run, pair: Pair, rollout: Rollout, stats: dict, seconds: dict, prefix_len: int, grad_norm: float, bar: tqdm
+) -> None:
+    """Gather a step from all ranks, its statistics by token and the lengths of its responses, write its record to
+    log.jsonl (data/readme.md explains the fields) and show it: in a terminal a bar; into a file a line now and then. An
+    adaptive prefix grows by them."""
     ranks = gather({"stats": stats, "lens": rollout.lens, "finished": rollout.finished,
                     "flops": step_flops(pair, rollout, run.config)})
     stats = {name: torch.cat([r["stats"][name] for r in ranks]) for name in ranks[0]["stats"]}
@@ -487,17 +487,11 @@ def log_step(
         "peak_memory": peak_memory(pair.sampler.device),
     }
     run.write(record)
-    return record
-
-
-def show_progress(bar: tqdm, record: dict) -> None:
-    """In a terminal a bar; into a file a line now and then."""
-    said = (f"loss {record['loss']:.4f}, prefix_len {record['prefix_len']}, finished {record['finish']:.0%}, "
-            f"{record['tokens_per_s']:,.0f} tok/s")
+    said = f"loss {record['loss']:.4f}, prefix_len {prefix_len}, finished {record['finish']:.0%}, {n / took:,.0f} tok/s"
     bar.set_postfix_str(said, refresh=False)
     bar.update()
-    if bar.disable and record["step"] % max(1, bar.total // 10) == 0:
-        print(f"step {record['step']}: {said}", flush=True)
+    if bar.disable and run.step % max(1, bar.total // 10) == 0:
+        print(f"step {run.step}: {said}", flush=True)
 
 
 def examine(pair: Pair, test: list[dict], config: Config, run: Run) -> None:
@@ -562,7 +556,7 @@ def must_be_finite(stats: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def say_what_to_change(run: Run, config: Config):
+def say_what_to_change(run: Run):
     """Around the loop. Out of memory, or numbers that are not finite, end it with one line that names the flag to
     change. A process alone first saves the run as it was after its last whole step; of several ranks torchrun ends the
     others, and the last checkpoint counts."""
@@ -599,11 +593,8 @@ def step_flops(pair: Pair, rollout: Rollout, config: Config) -> dict[str, float]
 
 def plan(config: Config) -> dict[str, float]:
     """Print parameters, memory by part and FLOP by prefix length, from the two configurations alone. Returns bytes per
-    device "while sampling" and "while learning".
-
-    Assumed: prompts of 64 tokens (512 where --teacher_prompt has the teacher read others), whole responses of
-    --max_new_tokens, every response as long as can be. Not counted: evaluation, whose cache grows with
-    --eval_batch_size x --max_new_tokens; what Python, torch and the prompts take; and parts of a few percent.
+    device "while sampling" and "while learning". Every response is taken to be as long as can be. Not counted:
+    evaluation, whose cache grows with --eval_batch_size x --max_new_tokens, and parts of a few percent.
     """
     prompt, prompt_t, whole = 64, 512 if config.teacher_prompt else 64, config.max_new_tokens
     length = max(config.prefix_len, whole) if config.mix or config.window != "prefix" else config.prefix_len

@@ -115,15 +115,17 @@ def claim(config):
 def protect(config, out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out_dir {out} is a file, expected a folder")
-    ours, here = files_of_run(out), Path(os.path.realpath(out))
-    if (out / "model.safetensors").exists() or (not ours and (out / "config.json").exists()):
+    saved, here = checkpoints(out), Path(os.path.realpath(out))
+    ours = saved or (out / "log.jsonl").is_file()
+    foreign = (out / "config.json").exists() and not ours and not (out / LOCK).is_file()
+    if foreign or (out / "model.safetensors").exists():
         raise InputError(f"--out_dir {out} holds a model or a config.json that is none of a run's: choose another")
     for name in ("student", "teacher"):
         used = Path(os.path.realpath(getattr(config, name) or "-"))
         if used == here or here in used.parents or used in here.parents:
             raise InputError(f"--out_dir {out} is, holds or lies in --{name} {getattr(config, name)}: choose another")
-    if any(f.name != "config.json" for f in ours) and not config.overwrite:  # else nothing came of the run before
-        go_on = "continue it with --resume, " if checkpoints(out) else ""
+    if ours and not config.overwrite:
+        go_on = "continue it with --resume, " if saved else ""
         raise InputError(f"--out_dir {out} already holds a run; {go_on}discard it with --overwrite")
 
 
@@ -133,21 +135,11 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(found, key=lambda f: int(f.name.removeprefix("step_")))
 
 
-def files_of_run(out: Path) -> list[Path]:
-    """What --overwrite deletes. A folder without our log, our lock or a complete checkpoint is no run's."""
-    found = checkpoints(out) + [f for f in (out / "log.jsonl",) if f.is_file()]
-    return found + [f for f in (out / "config.json",) if (found or (out / LOCK).is_file()) and f.is_file()]
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a checkpoint; a kill meanwhile leaves a name that is cleared when the run is opened again."""
-    if path.is_dir():
-        gone = path.with_name(f".{path.name}.old.incomplete")
-        shutil.rmtree(gone, ignore_errors=True)
-        os.replace(path, gone)
-        shutil.rmtree(gone)
-    else:
-        path.unlink(missing_ok=True)
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; a kill meanwhile leaves a name that is cleared when the run is opened again."""
+    gone = folder.with_name(f".{folder.name}.old.incomplete")
+    os.replace(folder, gone)
+    shutil.rmtree(gone)
 
 
 def read_log(log: Path) -> list[dict]:
@@ -188,8 +180,9 @@ class Run:
             for torn in self.out.glob(".step_*.incomplete"):  # left by a kill
                 shutil.rmtree(torn)
             if resume_from is None:
-                for path in files_of_run(self.out):
-                    remove(path)
+                for old in checkpoints(self.out):
+                    remove(old)
+                self.log.unlink(missing_ok=True)
             elif self.log.is_file():  # records after the checkpoint will be written again; a torn last line goes
                 temporary = self.log.with_name("log.jsonl.incomplete")
                 with reading(self.log):
@@ -241,7 +234,6 @@ class Run:
                  "config": asdict(self.config)}
         if rank() == 0:
             try:
-                shutil.rmtree(temporary, ignore_errors=True)
                 self.student.save_pretrained(temporary, weights=weights)
                 self.tokenizer.save(temporary, self.stop_ids)
                 save_file(moments, temporary / "optimizer.safetensors")

@@ -165,7 +165,7 @@ def test_a_rank_in_trouble_neither_asks_the_others_nor_saves_with_them(monkeypat
     monkeypatch.setattr(train, "world", lambda: 2)
     run = SimpleNamespace(step=3, stage="learning", saved="out/step_000002", save=lambda: pytest.fail("saved"))
     expected = "step 4: out of memory in learning; the last state saved is out/step_000002.*Lower --micro_tokens"
-    with pytest.raises(InputError, match=expected), train.say_what_to_change(run, Config()):
+    with pytest.raises(InputError, match=expected), train.say_what_to_change(run):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 

@@ -330,7 +330,7 @@ class Config:
     stop_class: bool = flag(True, "diagnostics: merge the stop tokens of both models before the divergence is taken")
     chat: str = flag("auto", "auto: through the chat template where there is one; on: demand it; off: the bare prompt")
     system: str = flag("", "text of a system turn before the prompt, for checkpoints with a chat template")
-    thinking: str = flag("", "on or off, for chat templates that have the switch")
+    thinking: str = flag("", "on or off, for chat templates that have the switch", choices=("", "on", "off"))
     max_new_tokens: int = flag(4096, "cap on the response", least=1)
     batch_size: int = flag(256, "responses sampled together; lower it if memory runs out", least=1)
     micro_tokens: int = flag(8192, "diagnostics: tokens scored together, padding included; lower it if memory runs out",

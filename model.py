@@ -28,15 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data import InputError, reading
-from data.checkpoint import (
-    FAMILIES,
-    check_config,
-    checkpoint_folder,
-    head_dim_of,
-    load_config,
-    weight_files,
-    write_config,
-)
+from data.checkpoint import FAMILIES, checkpoint_folder, head_dim_of, load_config, weight_files, write_config
 from data.ranks import full, world
 
 
@@ -170,7 +162,6 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        check_config(config)
         self.config = config
         self.vocab = config.vocab_size  # the tokenizer may have fewer ids; rows of the head beyond them are padding
         self.frequencies, self.rope_scale = rope_frequencies(config)  # no buffers: models are built on "meta" first
@@ -252,7 +243,8 @@ class Transformer(nn.Module):
         config = load_config(folder)
         for file in weight_files(folder):
             with reading(file), safe_open(file, framework="pt", device=str(device)) as tensors:
-                weights |= {name: tensors.get_tensor(name).to(dtype) for name in tensors.keys()}  # noqa: SIM118
+                weights |= {name: tensors.get_tensor(name).to(dtype) for name in tensors.keys()  # noqa: SIM118
+                            if not name.endswith("rotary_emb.inv_freq")}  # in some old Llama checkpoints
         # Some tied checkpoints store the shared matrix twice. Where the two differ, they are not tied.
         if config.tie_word_embeddings and "lm_head.weight" in weights:
             if torch.equal(weights["lm_head.weight"], weights.get("model.embed_tokens.weight", torch.zeros(0))):
@@ -261,20 +253,11 @@ class Transformer(nn.Module):
                 config.tie_word_embeddings = False
         with torch.device("meta"):
             model = cls(config)
-        expected = dict(model.named_parameters())
-        for name in list(weights):
-            if name.endswith("rotary_emb.inv_freq"):  # in some old Llama checkpoints; the configuration says the same
-                del weights[name]
-            elif name not in expected:
-                raise InputError(f"{path}: tensor {name} has no place in a {config.model_type} model")
-            elif weights[name].shape != expected[name].shape:
-                raise InputError(f"{path}: {name} has shape {tuple(weights[name].shape)}, config.json asks for "
-                                 f"{tuple(expected[name].shape)}")
-            elif not weights[name].isfinite().all():
+        with reading(folder):  # torch names the tensors that are missing, unknown or of another shape
+            model.load_state_dict(weights, assign=True)
+        for name, weight in weights.items():
+            if not weight.isfinite().all():
                 raise InputError(f"{path}: {name} is not finite: the run that wrote it failed, or the file is damaged")
-        if missing := sorted(set(expected) - set(weights)):
-            raise InputError(f"{path}: tensor {missing[0]} is missing (and {len(missing) - 1} more)")
-        model.load_state_dict(weights, assign=True)
         return model
 
     @classmethod

@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import InputError, embedded_model, load_jsonl, resolve, run_command
@@ -38,12 +39,6 @@ from model import Transformer, causal, choose_device, count_flops
 PREFILL_TOKENS = 2**14  # prompts are read in groups of at most so many tokens, padding included
 LENGTH_STEP = 64  # the part of the cache that a decode step reads is rounded up to a multiple of this
 MAX_SLOTS = 256  # rows decoded at once by default: from there on twice the rows take twice as long
-
-
-def pad(rows: list[list[int]]) -> Tensor:
-    """Lists of ids as a tensor (B, longest), zeros on the right."""
-    width = max(map(len, rows))
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows])
 
 
 @dataclass
@@ -62,13 +57,13 @@ class Rollout:
     def of(cls, prompts: list[list[int]], responses: list[list[int]], stop_ids: tuple[int, ...]) -> "Rollout":
         """From lists of ids, all of each response supervised."""
         prompt_lens, lens = (torch.tensor([len(x) for x in rows]) for rows in (prompts, responses))
-        tokens = pad([prompt + response for prompt, response in zip(prompts, responses)])
+        tokens = pad_sequence([torch.tensor(p + r) for p, r in zip(prompts, responses)], batch_first=True)
         finished = torch.tensor([bool(r) and r[-1] in stop_ids for r in responses])
         return cls(tokens, prompt_lens, lens, finished, torch.stack((lens * 0, lens), dim=1))
 
     def behind(self, prompts: list[list[int]]) -> "Rollout":
         """The same responses behind other prompts."""
-        tokens = pad([prompt + self.response(i) for i, prompt in enumerate(prompts)])
+        tokens = pad_sequence([torch.tensor(p + self.response(i)) for i, p in enumerate(prompts)], batch_first=True)
         return replace(self, tokens=tokens, prompt_lens=torch.tensor([*map(len, prompts)]))
 
     def num_supervised(self) -> int:
@@ -243,7 +238,8 @@ def generate(
         for part in (new[i : i + size] for i in range(0, len(new), size)):
             at, rows = torch.tensor(part, device=device).T
             cache.write_prompts(at)
-            hidden = model.forward(pad([prompts[row] for _, row in part]).to(device), cache=cache)  # (b, T, H)
+            prompt_ids = pad_sequence([torch.tensor(prompts[row]) for _, row in part], batch_first=True)
+            hidden = model.forward(prompt_ids.to(device), cache=cache)  # (b, T, H)
             last = hidden[torch.arange(len(part), device=device), prompt_len[rows] - 1]
             note(rows, sample_token(model.logits(last), noise[rows, 0], *how))
         started.update((row, step) for _, row in new)
@@ -344,7 +340,7 @@ class Config:
     lines: int = flag(40, "lines of a response to show, most of them from its beginning; 0 shows all", least=0)
     chat: str = flag("auto", "auto: through the chat template where there is one; on: demand it; off: the bare prompt")
     system: str = flag("", "text of a system turn before the prompt, for checkpoints with a chat template")
-    thinking: str = flag("", "on or off, for chat templates that have the switch")
+    thinking: str = flag("", "on or off, for chat templates that have the switch", choices=("", "on", "off"))
     stop_tokens: str = flag("", "stop tokens besides those the checkpoint declares, comma-separated names or ids")
     max_new_tokens: int = flag(4096, "cap on the response", least=1)
     temperature: float = flag(0.0, "0 takes the most likely token, 1 samples from the model's own distribution",

@@ -21,11 +21,6 @@ def check_config(config) -> None:
     if config.model_type not in FAMILIES:
         raise InputError(f"model_type {config.model_type!r} is not supported ({', '.join(FAMILIES)} are), but for a "
                          "teacher that only scores and is not split (--shard_teacher)")
-    if head_dim_of(config) % 2:
-        raise InputError(f"head_dim must be even for the rotary embedding, found {head_dim_of(config)}")
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise InputError(f"num_attention_heads {config.num_attention_heads} must be a multiple of num_key_value_heads "
-                         f"{config.num_key_value_heads}")
     rope = config.rope_parameters or {}
     needed = {"default": (), "linear": ("factor",), "yarn": ("factor",),
               "llama3": ("factor", "low_freq_factor", "high_freq_factor")}

@@ -51,7 +51,7 @@ class Config:
                         group="the pair and the data")
     teacher: str = flag("", "checkpoint folder or hub name of the frozen model that scores; empty takes --data's own")
     teacher_prompt: str = flag("", "what the teacher reads before a response, with {fields} of the row: '{prompt}\\n\\n"
-                               "Solved:\\n{solution}'; empty: the row's `teacher_prompt`, or what the student reads")
+                               "Solved:\\n{solution}'; empty: the first row's `teacher_prompt`, or what both read")
     init: str = flag("pretrained", "pretrained, or random: --student's configuration with fresh weights from --seed",
                      choices=("pretrained", "random"))
     data: str = flag("hops", "training prompts: a name (data/NAME/train.jsonl) or a .jsonl file")

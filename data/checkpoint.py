@@ -78,9 +78,8 @@ def load_config(folder: str | Path, any_family: bool = False):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # what is not declared stays so: no defaults of
             setattr(config, name, fields.get(name))  # transformers, whose 2 is an ordinary token elsewhere
     if quantization := getattr(config, "quantization_config", None):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise InputError(f"{file}: quantization_config: quantized weights ({method}) are not supported; give the "
-                         "checkpoint that they were made from")
+        raise InputError(f"{file}: quantization_config: quantized weights ({quantization.get('quant_method')}) are not "
+                         "supported; give the checkpoint that they were made from")
     if config.model_type in FAMILIES or not any_family:
         try:
             check_config(config)

@@ -85,7 +85,7 @@ def encode_prompts(rows: list[dict], tokenizer: Tokenizer, vocab: int, where: st
     messages.
     """
     if teacher_tokenizer and rows:
-        template = template or rows[0].get("teacher_prompt", "")
+        template = template or rows[0].get("teacher_prompt") or ""
     fields = re.findall(r"\{(\w+)\}", template)
     if template and not fields:
         raise InputError(f"--teacher_prompt {template!r}: expected the name of a row's field in it, such as {{prompt}}")
@@ -347,8 +347,9 @@ def load_models(config: Config, teacher: str = "", need: tuple[str, ...] = ("pro
     """(models of --model by path, the teacher, tokenizer, stop ids, rows of --data with their prompt_ids)"""
     paths = (config.model or embedded_model(config.data, "student", "model")).split(",")
     folders, device = [checkpoint_folder(path) for path in paths], choose_device(config.device)
-    as_trained(config, folders[-1])
-    rows = load_jsonl(resolve(config.data, "test"), need)
+    for folder in folders:
+        as_trained(config, folder)
+    rows = load_jsonl(resolve(config.data, "test"), need)[: config.num_problems or None]
     for folder in reversed(folders):  # each must agree with the teacher on every id
         tokenizer, teachers, vocab, stop_ids = load_tokenizers(
             folder, teacher, chat=config.chat, system=config.system, thinking=config.thinking,
@@ -366,10 +367,10 @@ def main(config: Config) -> None:
     """Accuracy of one model on one data set."""
     join()
     check_out(config.out, ".json")
-    models, _, tokenizer, stop_ids, rows = load_models(config, need=("prompt", "answer"))
-    if len(models) > 1:
+    if "," in config.model:
         raise InputError(f"--model {config.model}: expected one model; several are for diagnostics")
-    (path, model), rows = next(iter(models.items())), rows[: config.num_problems or None]
+    models, _, tokenizer, stop_ids, rows = load_models(config, need=("prompt", "answer"))
+    path, model = next(iter(models.items()))
     file = Path(config.out).with_suffix(".jsonl") if config.out else None
     done = gather(kept_responses(config, file, checkpoint_folder(path)) if file and rank() == 0 else [])[0]
 
@@ -475,8 +476,10 @@ def diagnose_teacher_prefix(config: Config) -> dict:
     """Accuracy of each student after k tokens of the teacher's."""
     try:
         lens = sorted({int(n) for n in config.lens.split(",")})
+        if lens[0] < 0:
+            raise ValueError
     except ValueError:
-        raise InputError(f"--lens {config.lens}: expected numbers with commas between them") from None
+        raise InputError(f"--lens {config.lens}: expected numbers from 0 on, with commas between them") from None
     students, teacher, tokenizer, stop_ids, rows = load_students(config, ("prompt", "answer"))
     rows, curves = rows[: config.num_problems or 200], {}
     prompts = [row["prompt_ids"] for row in rows]

@@ -11,8 +11,8 @@ rows at once) and evaluation (more rows than slots):
        between prompt and response.
     2. A row that ends leaves its slot to the next prompt; when no prompt is waiting, the other rows close the gaps.
     3. One uniform number per row and position, made from the row's seed, decides every token. So a row does not depend
-       on its neighbours, the number of slots, or the cap (but for the last bits, where a product of other size rounds
-       differently).
+       on its neighbours, the number of slots, or the cap (but for the last bits, since a matrix product of another size
+       rounds differently).
 
 Read in this order: Rollout, KVCache, sample_token, generate; CUDA graphs and the command line come last.
 """

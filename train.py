@@ -92,7 +92,7 @@ class Config:
 
     eval_every: int = flag(0, "evaluate every this many steps, besides before and after; 0: only then; -1: only after",
                            group="evaluation", least=-1)
-    eval_problems: int = flag(100, "held-out problems to answer; 0 measures no accuracy", least=0)
+    eval_problems: int = flag(100, "held-out problems to answer; 0: only those of --eval_kl, without answers", least=0)
     eval_kl: int = flag(32, "whole responses to these problems to measure the reverse KL on; 0 is off", least=0)
     eval_batch_size: int = flag(128, "problems answered at once; lower it when memory runs out in evaluation", least=1)
     max_new_tokens: int = flag(4096, "cap on responses in evaluation, with --window and with --mix", least=1)
@@ -230,7 +230,8 @@ def prepare_prompts(config: Config, rows: list[dict], test: list[dict], pair: Pa
         caps += [("max_new_tokens", rows)] if config.window != "prefix" or config.mix else []
         caps += [("max_new_tokens", test)] if test and held_out else []
         for name, some in caps if model is not None else ():
-            where = f"{'held-out ' if some is test else ''}{'teacher' if model is pair.teacher else 'student'}'s, "
+            who = "teacher" if model is pair.teacher else "student"
+            where = f"{'held-out ' if some is test else ''}prompts of the {who}, "
             fit_cap(config, name, [row[key] for row in some], model.config.max_position_embeddings, where)
 
 
@@ -566,14 +567,16 @@ def say_what_to_change(run: Run):
         ran_out = out_of_memory(error)
         if not ran_out and not isinstance(error, FloatingPointError):
             raise
-        if run.step and world() == 1 and not (ran_out and run.stage == "the optimizer's step"):  # half made
+        half_made = ran_out and run.stage == "the optimizer's step"
+        if run.step and world() == 1 and run.saved != run.checkpoint and not half_made:
             run.save()
         what, mend = error, "Lower --lr, or use --dtype float32"
         if ran_out:
             lower = {"sampling": "--batch_size or --prefix_len", "evaluation": "--eval_batch_size or --micro_tokens"}
             what = f"out of memory in {run.stage}"
             mend = f"Lower {lower.get(run.stage, '--micro_tokens, or add --recompute')}"
-        kept = f"the last state saved is {run.saved} (--resume it, or start from it by --student)"
+        how = "with --resume" if ran_out and run.stage != "sampling" else "as another run, by --student"
+        kept = f"the last state saved is {run.saved} (go on from it {how})"
         step = run.step + (run.stage not in ("evaluation", "saving"))
         raise InputError(f"step {step}: {what}; {kept if run.saved else 'nothing was saved'}. {mend}") from None
 
@@ -596,7 +599,8 @@ def plan(config: Config) -> dict[str, float]:
     device "while sampling" and "while learning". Every response is taken to be as long as can be. Not counted:
     evaluation, whose cache grows with --eval_batch_size x --max_new_tokens, and parts of a few percent.
     """
-    prompt, prompt_t, whole = 64, 512 if config.teacher_prompt else 64, config.max_new_tokens
+    prompt, prompt_t = 64, 512 if config.teacher_prompt else 64
+    whole = max(config.max_new_tokens, config.prefix_len if config.window == "prefix" else 1)
     length = max(config.prefix_len, whole) if config.mix or config.window != "prefix" else config.prefix_len
     on_gpu = (config.device or choose_device("").type).startswith("cuda")  # which need not be here
     size = 2 if (config.dtype or ("bfloat16" if on_gpu else "float32")) == "bfloat16" else 4

@@ -138,7 +138,7 @@ def run_command(main, config) -> None:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as error:
-        if error.filename is not None:  # a full disk, a folder that cannot be written, a name that is too long
+        if error.filename is not None:  # a folder that cannot be written, a name that is too long
             fail(f"{error.filename}: {error.strerror}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush fails as well
         if not isinstance(error, BrokenPipeError):

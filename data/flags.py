@@ -6,7 +6,7 @@ import difflib
 import sys
 from pathlib import Path
 
-from data import fail
+from data import InputError, fail
 
 
 def flag(
@@ -24,19 +24,19 @@ def flag(
 
 
 def check_flags(config) -> None:
-    """End the program at the first field outside its choices or bounds, or with a number that torch cannot hold."""
+    """Raise InputError at the first field outside its choices or bounds, or with a number that torch cannot hold."""
     for f in dataclasses.fields(config):
         value, choices = getattr(config, f.name), f.metadata["choices"]
         if choices and value not in choices:
-            fail(f"--{f.name} {value}: expected one of {', '.join(filter(None, choices))}")
+            raise InputError(f"--{f.name} {value}: expected one of {', '.join(filter(None, choices))}")
         for word, bound in f.metadata["bounds"].items():
             inside = {"at least": value >= bound, "at most": value <= bound, "above": value > bound,
                       "below": value < bound}
             if not inside[word]:  # NaN is inside nothing
-                fail(f"--{f.name} must be {word} {bound}, found {value}")
+                raise InputError(f"--{f.name} must be {word} {bound}, found {value}")
         limit = {int: 2**63, float: 3e38}.get(type(value))
         if limit and not abs(value) < limit:
-            fail(f"--{f.name} must be below {limit}, found {value}")
+            raise InputError(f"--{f.name} must be below {limit}, found {value}")
 
 
 def parse_flags(cls, doc: str, argv: list[str] | None = None):
@@ -73,5 +73,8 @@ def parse_flags(cls, doc: str, argv: list[str] | None = None):
         fail(f"unknown flag {unknown[0].split('=')[0]}" + (f"; did you mean --{near[0]}?" if near else " (see --help)"))
     config = cls(**vars(typed))
     config.typed = set(vars(typed))
-    check_flags(config)  # before anything is done
+    try:
+        check_flags(config)
+    except InputError as error:
+        fail(str(error))
     return config

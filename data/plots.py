@@ -140,22 +140,25 @@ def read_run(folder: Path) -> dict:
     return {"folder": folder.name, "config": config, "points": points}
 
 
-def group_runs(folders: list[str]) -> dict[str, list[dict]]:
-    """Runs that differ in the seed, and in flags that change no result, go together, under the flags that set them
-    apart from the others. Where all folders are called NAME_seed1, NAME_seed2, ..., those of one name go together,
-    under that name, so that runs of different code are told apart as well."""
+def group_runs(folders: list[str]) -> tuple[dict[str, list[dict]], bool]:
+    """(runs by name, whether the names are flags and their values). Runs that differ in the seed, and in flags that
+    change no result, go together, under the flags that set them apart from the others. Where all folders are called
+    NAME_seed1, NAME_seed2, ..., those of one name go together, under that name, so that runs of different code are told
+    apart as well."""
     runs, groups = [read_run(Path(f)) for f in folders], {}
     known = dict.fromkeys(k for r in runs for k in r["config"])
     keys = [k for k in known if k not in NOT_COMPARED and len({str(r["config"].get(k) or 0) for r in runs}) > 1]
-    names = [", ".join(f"{k} {r['config'][k]}" for k in keys if r["config"].get(k) is False or r["config"].get(k))
+    names = [", ".join(f"{k} {r['config'][k]}" for k in keys if r["config"].get(k) not in (None, ""))
              or "all runs" for r in runs]
     called = [re.sub(r"(.)_seed\d+$", r"\1", r["folder"]) for r in runs]
-    if all(c != r["folder"] for c, r in zip(called, runs)) and len({*called}) == len({*zip(called, names)}):
+    by_folder = all(c != r["folder"] for c, r in zip(called, runs)) and len({*called}) == len({*zip(called, names)})
+    if by_folder:
         names = [re.sub(r"_|(?<=[a-z])(?=\d)", " ", c) for c in called]
     for name, run in zip(names, runs):
         groups.setdefault(name, []).append(run)
+    number = re.compile(r"\d+(\.\d+)?(e-?\d+)?")
     return {name: groups[name] for name in sorted(groups, key=lambda name: [
-        (0, float(w), "") if re.fullmatch(r"\d[\d.e-]*", w) else (1, 0.0, w) for w in re.split("[ ,]+", name)])}
+        (0, float(w), "") if number.fullmatch(w) else (1, 0.0, w) for w in re.split("[ ,]+", name)])}, not by_folder
 
 
 def tell_apart(names: list[str]) -> tuple[list[str], list[str]]:
@@ -176,14 +179,14 @@ def mean_and_range(values: list[float]) -> str:
 def draw_runs(folders: list[str], out: str, goals: tuple[float, ...] = (0.5, 0.6, 0.75, 0.9)) -> None:
     """Draw accuracies and KL of run folders against FLOP, the mean over seeds with bars from the lowest to the highest;
     print what each reached in the end, and what the first evaluation that reached a goal had cost."""
-    groups = group_runs(folders)
+    groups, by_flags = group_runs(folders)
     metrics = {k: v for k, v in METRICS.items()
                if all(k in p for runs in groups.values() for r in runs for p in r["points"])}
     if not metrics or not all(r["points"] and r["points"][-1]["flop"] for runs in groups.values() for r in runs):
         raise InputError("runs: no metric was evaluated after a step in all of these runs")
     figure, grid = panels(list(metrics.values()), "training FLOP", "log")
-    names, hidden, several = *tell_apart(list(groups)), max(map(len, groups.values()))
-    numbers, wide = {}, max(map(len, names))
+    names, hidden = tell_apart(list(groups)) if by_flags else (list(groups), [])
+    numbers, wide, several = {}, max(map(len, names)), max(map(len, groups.values()))
     for number, (name, runs) in enumerate(zip(names, groups.values())):
         steps = sorted(set.intersection(*({p["step"] for p in r["points"] if p["flop"]} for r in runs)))
         if not steps:
@@ -199,7 +202,7 @@ def draw_runs(folders: list[str], out: str, goals: tuple[float, ...] = (0.5, 0.6
                 for k, what in {"flop": "FLOP", "seconds": "s", **metrics}.items()]
         print(f"{name:{wide}}  step {steps[-1]}, {'; '.join(said)}")
     flags = {name.split()[0] for name in names}
-    one = len(flags) == 1 and len(names) > 1 and not any("," in name for name in names)  # then the title names the flag
+    one = by_flags and len(flags) == 1 and len(names) > 1 and not any("," in name for name in names)  # the title has it
     before = [r["points"][0] for runs in groups.values() for r in runs if not r["points"][0]["flop"]]
     for panel, key in zip(grid, metrics):  # a logarithmic axis has no place for 0 FLOP
         if len({f"{p[key]:.3g}" for p in before}) == 1:
@@ -213,13 +216,13 @@ def draw_runs(folders: list[str], out: str, goals: tuple[float, ...] = (0.5, 0.6
     title += [f"mean over seeds (up to {several}), bars: lowest to highest" if several > 1 else "one seed"]
     title += [f"the runs also differ in {', '.join(hidden)}"] if hidden else []
     figure.suptitle("; ".join(title).capitalize(), fontsize=11)
-    for key in [k for k in metrics if k == "accuracy"]:
-        print(f"\nFLOP at the first evaluation with {metrics[key]} of at least ... (mean of the runs that got there)\n"
+    if "accuracy" in metrics:
+        print("\nFLOP at the first evaluation with an accuracy of at least ... (mean of the runs that got there)\n"
               f"{'':{wide}}" + "".join(f"{goal:18}" for goal in goals))
         for name, runs in zip(names, groups.values()):
-            reached = [[[p["flop"] for p in r["points"] if p[key] >= goal] for r in runs] for goal in goals]
+            reached = [[[p["flop"] for p in r["points"] if p["accuracy"] >= goal] for r in runs] for goal in goals]
             needed = [[flops[0] for flops in by_run if flops] for by_run in reached]
-            numbers[name][f"flop_to_reach_{key}"] = dict(zip(map(str, goals), needed))
+            numbers[name]["flop_to_reach_accuracy"] = dict(zip(map(str, goals), needed))
             print(f"{name:{wide}}" + "".join(
                 f"{f'{sum(v) / len(v):.3g} ({len(v)} of {len(runs)})' if v else '-':>18}" for v in needed))
     figure.savefig(out, dpi=130)

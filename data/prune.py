@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import InputError, fail
+from data import InputError, fail, reading
 from data.checkpoint import load_config, weight_files, write_config
 from data.tokenizer import Tokenizer
 
@@ -33,7 +33,9 @@ def prune(source: str, out: str, drop: set[int]) -> int:
     kept = [layer for layer in range(layers) if layer not in drop]
     place, weights = {layer: i for i, layer in enumerate(kept)}, {}
     for file in weight_files(folder):
-        for name, tensor in load_file(file).items():
+        with reading(file):
+            tensors = load_file(file)
+        for name, tensor in tensors.items():
             layer = re.match(r"model\.layers\.(\d+)\.", name)
             if layer is None or int(layer[1]) in place:
                 name = f"model.layers.{place[int(layer[1])]}.{name[layer.end():]}" if layer else name

@@ -79,8 +79,8 @@ def read_state(folder: Path) -> dict:
 
 @contextmanager
 def claim(config):
-    """Hold --out_dir meanwhile. Refuses a folder where a fresh run would destroy an earlier run, a model, or anything
-    that is no run's; that cannot be written to; or where another run is at work."""
+    """Lock --out_dir for the length of the block. Refuses a folder where a fresh run would destroy an earlier run, a
+    model, or anything that is no run's; that cannot be written to; or where another run is at work."""
     out = Path(config.out_dir)
     try:
         if not config.resume:
@@ -109,7 +109,7 @@ def claim(config):
             yield
         finally:
             if [f.name for f in out.iterdir()] == [LOCK]:  # nothing came of it
-                shutil.rmtree(out)
+                shutil.rmtree(out, ignore_errors=True)
 
 
 def protect(config, out: Path) -> None:
@@ -122,7 +122,7 @@ def protect(config, out: Path) -> None:
         raise InputError(f"--out_dir {out} holds a model or a config.json that is none of a run's: choose another")
     for name in ("student", "teacher"):
         used = Path(os.path.realpath(getattr(config, name) or "-"))
-        if used == here or here in used.parents or used in here.parents:
+        if used.is_dir() and (used == here or here in used.parents or used in here.parents):
             raise InputError(f"--out_dir {out} is, holds or lies in --{name} {getattr(config, name)}: choose another")
     if ours and not config.overwrite:
         go_on = "continue it with --resume, " if saved else ""
@@ -136,10 +136,11 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint; a kill meanwhile leaves a name that is cleared when the run is opened again."""
+    """Delete a checkpoint: renamed first, so that a kill leaves no half of one. What is left is cleared when the run is
+    opened again."""
     gone = folder.with_name(f".{folder.name}.old.incomplete")
     os.replace(folder, gone)
-    shutil.rmtree(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def read_log(log: Path) -> list[dict]:
@@ -178,7 +179,7 @@ class Run:
             self.load(resume_from)
         if rank() == 0:
             for torn in self.out.glob(".step_*.incomplete"):  # left by a kill
-                shutil.rmtree(torn)
+                shutil.rmtree(torn, ignore_errors=True)
             if resume_from is None:
                 for old in checkpoints(self.out):
                     remove(old)
@@ -265,8 +266,8 @@ class Run:
         before, file = read_state(folder), folder / "optimizer.safetensors"
         for name, now in self.inputs.items():
             if before["inputs"].get(name, now) != now:
-                raise InputError(f"--resume of {self.out}: the {name} has changed since the run began, so it would not "
-                                 "be the same run: put it back, or start another run")
+                raise InputError(f"--resume of {self.out}: changed since the run began: {name}; it would not be the "
+                                 "same run: put it back, or start another")
         self.step, self.adaptive = before["step"], before["adaptive"]
         with reading(file):
             moments = load_file(file)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tokenizers
 
-from data import ALSO, HERE, InputError, read_json, read_text, reading
+from data import InputError, read_json, read_text, reading
 from data.bpe import build_encoding, byte_alphabet
 
 SIDE_FILES = (  # what a checkpoint folder holds besides its configuration and weights, copied along on saving
@@ -265,9 +265,7 @@ def as_trained(config, folder: Path) -> None:
     state = read_json(file) if file.is_file() else {}
     with reading(file):
         trained = state.get("config", {})
-        sets = [trained.get(name) for name in ("eval_data", "data")]  # the held-out one first
-        there = (s for s in sets if s and (s in ALSO or (HERE / s).is_dir() or Path(s).is_file()))
-        trained["data"] = next(there, "hops")
+        trained["data"] = trained.get("eval_data") or trained.get("data", "hops")  # the held-out one first
         resume_clock(state)
     defaults = {"data": "hops", "chat": "auto", "system": "", "thinking": "", "teacher_prompt": ""}
     for name, default in defaults.items():

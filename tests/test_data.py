@@ -153,12 +153,7 @@ def test_a_checkpoint_is_prompted_as_it_was_trained(tmp_path, capsys):
     assert again.data == "hops"
     again.typed = set()
     as_trained(again, tmp_path)
-    assert again.data == "chains"
-    mine = tmp_path / "mine.jsonl"
-    mine.write_text('{"prompt": "Dan?", "answer": "1"}')
-    (tmp_path / "state.json").write_text(json.dumps({"config": {"data": "chains", "eval_data": str(mine)}}))
-    as_trained(again, tmp_path)
-    assert again.data == str(mine)
+    assert again.data == "my.jsonl"  # where it is no longer there, the next step says so
     as_trained(config, tmp_path / "none")  # a checkpoint from elsewhere
     assert config.thinking == "off"
 

@@ -167,14 +167,17 @@ def test_runs_are_grouped_by_what_differs(tmp_path, capsys):
 
     older, newer = tmp_path / "a1/config.json", tmp_path / "a2/config.json"  # one from before there was a flag
     newer.write_text(json.dumps({**json.loads(older.read_text()), "mix": 0.1, "seed": 2}))
-    assert list(plots.group_runs(folders[:2])) == ["all runs", "mix 0.1"]
+    assert list(plots.group_runs(folders[:2])[0]) == ["all runs", "mix 0.1"]
     called = [fake_run(tmp_path / name, length, seed, [0.2, 0.6]) for name, length, seed in (
         ("prefix10_seed1", 10, 1), ("prefix10_seed2", 10, 2), ("a_few_seed1", 9, 1))]
-    assert list(plots.group_runs(called)) == ["a few", "prefix 10"]
+    assert list(plots.group_runs(called)[0]) == ["a few", "prefix 10"]
     called.append(fake_run(tmp_path / "patched_seed1", 10, 1, [0.2, 0.6]))  # the same flags, another code
-    assert list(plots.group_runs(called)) == ["a few", "patched", "prefix 10"]
+    assert list(plots.group_runs(called)[0]) == ["a few", "patched", "prefix 10"]
     called.append(fake_run(tmp_path / "patched_seed2", 11, 2, [0.2, 0.6]))  # one name, two settings
-    assert list(plots.group_runs(called)) == ["prefix_len 9", "prefix_len 10", "prefix_len 11"]
+    assert list(plots.group_runs(called)[0]) == ["prefix_len 9", "prefix_len 10", "prefix_len 11"]
+    dated = [fake_run(tmp_path / f"{name}_seed1", 10, 1, [0.2, 0.6]) for name in ("out", "out_v1.2.3", "2026-11-25")]
+    plots.draw_runs(dated, str(tmp_path / "dated.png"))  # names that look like numbers, and like a flag with a value
+    assert {*json.loads((tmp_path / "dated.json").read_text())} == {"out", "out v 1.2.3", "2026-11-25"}
     with pytest.raises(InputError, match="never evaluated after the same step"):
         other = Path(fake_run(tmp_path / "a3", 10, 3, [0.2, 0.6])) / "log.jsonl"
         other.write_text(other.read_text().replace('"step": 1,', '"step": 9,'))
@@ -191,6 +194,7 @@ def test_runs_are_grouped_by_what_differs(tmp_path, capsys):
     ("positions --num_problems -1", "--num_problems must be at least 0, found -1"),
     ("tokens --index 5000 --data chains", "--index 5000: the data has rows 0 to 999"),
     ("runs", "usage: python eval.py runs RUN_FOLDER"),
+    ("teacher_prefix --lens=-4,8", "--lens -4,8: expected numbers from 0 on"),
 ])
 def test_the_command_line_says_what_is_wrong(flags, message, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:

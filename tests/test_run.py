@@ -96,13 +96,13 @@ def test_other_data_or_another_teacher_is_no_resumption(tmp_path):
     run(*TINY, *BLIND, "--data", rows, "--teacher", teacher, "--student", HERE / "chains/student", "--out_dir", out)
     whole = rows.read_text()
     rows.write_text(whole[: len(whole) // 2].rpartition("\n")[0] + "\n")
-    with pytest.raises(InputError, match="the file of --data has changed since the run began"):
+    with pytest.raises(InputError, match="changed since the run began: file of --data"):
         run("--resume", "--steps", "4", "--out_dir", out)
     rows.write_text(whole)
     weights = bytearray((teacher / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (teacher / "model.safetensors").write_bytes(weights)
-    with pytest.raises(InputError, match="the teacher's weights has changed since the run began"):
+    with pytest.raises(InputError, match="changed since the run began: teacher's weights"):
         run("--resume", "--steps", "4", "--out_dir", out)
 
 

@@ -122,6 +122,9 @@ def test_pruned_layers_are_the_ones_named(tmp_path):
     assert ((loaded(tokens).logits.float() - expected).norm() / expected.norm()) < 0.05  # computes in bfloat16
     with pytest.raises(InputError, match="expected some of the layers 0 to 3"):
         prune(str(folder), str(tmp_path / "none"), {4})
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(InputError, match="model.safetensors: damaged"):
+        prune(str(folder), str(tmp_path / "none"), {1})
 
 
 def test_unusable_weights_are_refused_by_name(tmp_path):

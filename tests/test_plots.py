@@ -68,6 +68,7 @@ def test_teacher_prefix_gives_what_it_says(tmp_path, capsys):
     teachers = sample(config("--num_problems", "20"), 1)
     c = config("--num_problems", "20")
     _, _, tokenizer, _, rows = evaluation.load_models(c)
+    assert len(rows) == 20
     right = [evaluation.is_correct(tokenizer.decode(teachers.text_ids(i)), rows[i]["answer"]) for i in range(20)]
     assert ours[-1]["accuracy"] == sum(right) / 20  # who is given everything is as right as the one who wrote it
     assert ours[0]["accuracy"] < ours[1]["accuracy"] and "after 4 tokens of the teacher's" in capsys.readouterr().out

@@ -162,6 +162,9 @@ def test_data_may_bring_the_template_and_the_flag_overrides_it():
         read[name] = tokenizer.decode(rows[0]["teacher_ids"])
         assert tokenizer.decode(rows[0]["prompt_ids"]) == "Dan=5\n"
     assert read == {"own": "5\nDan=5\n", "typed": "Dan=5\n", "none": "Dan=5\n"}
+    rows = [{"prompt": "Dan=5\n", "teacher_prompt": None}]  # as a table's empty cell is written
+    encode_prompts(rows, tokenizer, 644, "--data", "", tokenizer)
+    assert rows[0]["teacher_ids"] == rows[0]["prompt_ids"]
 
 
 def test_responses_stay_themselves_behind_other_prompts():

@@ -257,6 +257,10 @@ def test_plan_needs_nothing_but_two_configurations(tmp_path, capsys):
     assert table[100][:3] == pytest.approx([10 * one[0] / 1e12, 10 * one[1] / 1e12, 30 * one[2] / 1e12], rel=1e-3)
     assert table[100][-1] == pytest.approx(table[1000][3] / table[100][3], abs=0.05)
     assert f"{count_parameters(student.config):,} parameters" in said and "547,936" in said
+    run(*flags, "--prefix_len", "3000")  # longer than --max_new_tokens, which does not cut it
+    assert re.search(r"^ +3,000 .* 1\.0x$", capsys.readouterr().out, re.MULTILINE)
+    with pytest.raises(InputError, match="--lr must be above 0, found 0"):  # also from Python
+        train.train(Config(lr=0))
 
     memory = {m[1].strip(): float(m[2]) for m in re.finditer(r"^  (\D+?) +([\d.]+)$", said, re.MULTILINE)}
     kept, weights = {}, {p.data_ptr() for p in student.parameters()}  # what autograd keeps, by storage

@@ -26,9 +26,9 @@ run whole --prefix_len 1024
 for length in 64 32 16 8 128; do run prefix$length --prefix_len $length; done
 run off_policy --prefix_len 1024 --rollout teacher
 run seqkd --prefix_len 1024 --rollout teacher --loss cross_entropy
-run off_clean --prefix_len 1024 --rollout data $other/sft_clean.jsonl --teacher data/hops/teacher
-run sft --prefix_len 1024 --rollout data --loss cross_entropy $other/sft_clean.jsonl
-run recovered --prefix_len 1024 --rollout data --loss cross_entropy $other/sft_recovered.jsonl
+run off_policy_no_walls --prefix_len 1024 --rollout data $other/sft_clean.jsonl --teacher data/hops/teacher
+run sft_no_walls --prefix_len 1024 --rollout data --loss cross_entropy $other/sft_clean.jsonl
+run sft_walls --prefix_len 1024 --rollout data --loss cross_entropy $other/sft_recovered.jsonl
 ends="--eval_every 0"  # these are evaluated before and after only
 run mix64 --prefix_len 64 --mix 0.1 $ends
 run linear --prefix_len 384 --prefix_start 16 --schedule linear $ends
@@ -46,7 +46,7 @@ run whole_2.5e-4 --prefix_len 1024 --lr 2.5e-4 $ends
 run prefix64_1e-3 --prefix_len 64 --lr 1e-3 $ends
 run whole_1e-3 --prefix_len 1024 --lr 1e-3 $ends
 wait
-arms=$(ls -d $to/{whole,prefix64,prefix16,off_policy,seqkd,off_clean,sft,recovered}_seed?)
+arms=$(ls -d $to/{whole,prefix64,prefix16,off_policy,seqkd,off_policy_no_walls,sft_no_walls,sft_walls}_seed?)
 python eval.py runs $arms --out $to/curves.png | tee $to/curves.txt
 python eval.py positions --max_new_tokens 1024 --num_problems 50 \
     --model data/hops/student,$to/prefix64_seed1/step_000020,$to/whole_seed1/step_000020 --out $to/positions.png
@@ -60,7 +60,7 @@ count() {  # problems, arm: accuracy, and what is done at walls
 }
 
 for arm in $to/{whole,prefix64}_seed?; do at_most_two; count 500 $arm & done
-for arm in $to/{prefix128,mix64,linear,off_policy,seqkd,off_clean,sft,recovered,few_whole,few_sft}_seed1; do
+for arm in $to/{prefix128,mix64,linear,off_policy,seqkd,off_policy_no_walls,sft_no_walls,sft_walls,few_whole,few_sft}_seed1; do
     at_most_two; count 200 $arm &
 done
 wait

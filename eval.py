@@ -3,7 +3,7 @@
     python eval.py --model data/chains/student --data chains
     python eval.py --model out/step_000020 --temperature 1 --num_samples 4 --out four.json
 
-    python eval.py positions --model data/search/student,out/step_000020  # KL, entropies, agreement by position
+    python eval.py positions --model data/hops/student,out/step_000020    # KL, entropies, agreement by position
     python eval.py teacher_prefix --lens 0,4,8,16,32,64                   # accuracy after k tokens of the teacher's
     python eval.py tokens --index 3 --out tokens.html                     # one response, coloured by KL
     python eval.py runs out_a out_b ...                                   # accuracy and KL against FLOP
@@ -343,12 +343,15 @@ class Config:
     device: str = flag("", "cpu, cuda, ...; empty chooses")
 
 
-def load_models(config: Config, teacher: str = "", need: tuple[str, ...] = ("prompt",)):
-    """(models of --model by path, the teacher, tokenizer, stop ids, rows of --data with their prompt_ids)"""
+def load_models(config: Config, need: tuple[str, ...] = ("prompt",), with_teacher: bool = False):
+    """(models of --model by path, the teacher or None, tokenizer, stop ids, rows of --data with their prompt_ids)"""
     paths = (config.model or embedded_model(config.data, "student", "model")).split(",")
     folders, device = [checkpoint_folder(path) for path in paths], choose_device(config.device)
     for folder in folders:
         as_trained(config, folder)
+    if with_teacher:
+        config.teacher = config.teacher or embedded_model(config.data, "teacher", "teacher")
+    teacher = config.teacher if with_teacher else ""
     rows = load_jsonl(resolve(config.data, "test"), need)[: config.num_problems or None]
     for folder in reversed(folders):  # each must agree with the teacher on every id
         tokenizer, teachers, vocab, stop_ids = load_tokenizers(
@@ -429,8 +432,7 @@ def kept_responses(config: Config, file: Path, folder: Path) -> list[dict]:
 def load_students(config: Config, need: tuple[str, ...] = ("prompt",)):
     """As load_models, with a teacher, and sampling at temperature 1 unless another was asked for."""
     config.temperature = config.temperature if "temperature" in config.typed else 1.0
-    config.teacher = config.teacher or embedded_model(config.data, "teacher", "teacher")
-    return load_models(config, config.teacher, need)
+    return load_models(config, need, with_teacher=True)
 
 
 def sample_responses(model: Transformer, prompts: list[list[int]], config: Config, stop_ids, given: int = 0) -> Rollout:

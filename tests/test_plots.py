@@ -41,6 +41,16 @@ def sample(c, who: int) -> Rollout:
     return evaluation.sample_responses(writer, [row["prompt_ids"] for row in rows[: c.num_problems]], c, stop_ids)
 
 
+def test_a_run_brings_its_data_and_their_teacher(tmp_path):
+    run = shutil.copytree(STUDENT, tmp_path / "step_000001")
+    (run / "state.json").write_text(json.dumps({"config": {"data": "chains"}}))
+    for model in (f"{STUDENT},{run}", f"{run},{STUDENT}"):
+        c = parse_flags(evaluation.Config, "", ["--device", "cpu", "--num_problems", "3", "--model", model])
+        students, teacher, _, _, rows = evaluation.load_students(c)
+        assert c.data == "chains" and Path(c.teacher).samefile(TEACHER) and len(rows) == 3
+        assert [*students] == model.split(",") and teacher.config.hidden_size == 128
+
+
 def test_positions_are_the_definition_by_thirds_of_an_octave(tmp_path):
     c = config("--num_problems", "4")
     found = evaluation.diagnose_positions(c)

@@ -270,7 +270,7 @@ def as_trained(config, folder: Path) -> None:
     defaults = {"data": "hops", "chat": "auto", "system": "", "thinking": "", "teacher_prompt": ""}
     for name, default in defaults.items():
         value = trained.get(name, default)
-        if hasattr(config, name) and name not in config.typed and value != default:
+        if name not in config.typed and value not in (default, getattr(config, name, value)):
             setattr(config, name, value)
             said.append(f"--{name} {value}")
     if said:

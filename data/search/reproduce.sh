@@ -41,7 +41,7 @@ if [ "${2:-}" = all ]; then
     run off_policy 10 --prefix_len 4096 --rollout teacher
 fi
 wait
-arms=$(ls -d $to/{prefix64,prefix256,prefix512,prefix1024,whole,off_policy,seqkd}_seed? 2> /dev/null || true)
+arms=$(ls -d $to/{prefix64,prefix256,prefix1024,whole,off_policy,seqkd}_seed? 2> /dev/null || true)
 python eval.py runs $arms --out $to/bargain.png | tee $to/bargain.txt
 python eval.py runs $to/{prefix64,prefix256,prefix1024,whole,linear,mix}_seed? --out $to/schedules.png | tee $to/schedules.txt
 before_during_after=data/search/student,$to/prefix64_seed1/step_000010,$to/prefix64_seed1/step_000020

@@ -92,7 +92,7 @@ class Config:
 
     eval_every: int = flag(0, "evaluate every this many steps, besides before and after; 0: only then; -1: only after",
                            group="evaluation", least=-1)
-    eval_problems: int = flag(100, "held-out problems to answer; 0: only those of --eval_kl, without answers", least=0)
+    eval_problems: int = flag(100, "held-out problems to answer; 0: those of --eval_kl, which need no answer", least=0)
     eval_kl: int = flag(32, "whole responses to these problems to measure the reverse KL on; 0 is off", least=0)
     eval_batch_size: int = flag(128, "problems answered at once; lower it when memory runs out in evaluation", least=1)
     max_new_tokens: int = flag(4096, "cap on responses in evaluation, with --window and with --mix", least=1)

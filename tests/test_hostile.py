@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import eval as evaluation
@@ -147,6 +147,7 @@ def test_an_edited_run_is_resumed_or_left_as_it_was(place, name, which, value):
     folder = copy(place / "run", place / "again")
     edited = json.loads((folder / name).read_text().split("\n" if name == "log.jsonl" else "\0")[0])
     holder, key = list(fields(edited))[which % len(list(fields(edited)))]
+    assume(key != "compile")  # minutes of torch's compiler
     holder[key] = value
     (folder / name).write_text(json.dumps(edited))
     before = checkpoint_of(folder)

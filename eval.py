@@ -34,7 +34,7 @@ from data import InputError, embedded_model, fail, load_jsonl, plots, read_json,
 from data.answers import Verifier, extract_answer, is_correct, opens_thought
 from data.checkpoint import checkpoint_folder, load_config
 from data.flags import flag, parse_flags
-from data.ranks import gather, join, rank, world
+from data.ranks import all_gather, join, rank, world_size
 from data.run import fingerprint, read_log
 from data.tokenizer import Tokenizer, as_trained, check_same
 from loss import distill_loss
@@ -53,7 +53,7 @@ class Pair:
     teacher_tokenizer: Tokenizer | None
     vocab: int  # real tokens of both
     stop_ids: tuple[int, ...]  # of both
-    stop_class: tuple[int, ...]  # those that the loss merges into one outcome: all, or none
+    merged_stops: tuple[int, ...]  # those that are one outcome in the loss: all, or none
     dtype: torch.dtype  # of the forward passes
 
 
@@ -69,7 +69,7 @@ def load_tokenizers(
         folder = checkpoint_folder(teacher)
         teachers = Tokenizer(folder, "off" if chat == "off" else "auto")  # tells whether it has the switch
         if teachers.chats():
-            switch = thinking if "enable_thinking" in (teachers.chat_template() or "") else ""
+            switch = thinking if "enable_thinking" in teachers.chat_template() else ""
             teachers = Tokenizer(folder, chat, system, switch)
         check_same(ours, teachers)
         vocab = min(vocab, teachers.vocab_size, load_config(folder, any_family=True).get_text_config().vocab_size)
@@ -150,7 +150,7 @@ def evaluate(
     mine, have = [], {(r["problem"], r["sample"]) for r in done or []}
     waiting = [(i, k) for i in range(len(rows)) for k in range(num_samples) if (i, k) not in have]
     waiting.sort(key=lambda place: -len(rows[place[0]]["prompt_ids"]))  # prompts of one length are read together
-    waiting = waiting[rank() :: world()]
+    waiting = waiting[rank() :: world_size()]
     for part in (waiting[n : n + 512] for n in range(0, len(waiting), 512)):
         rollout = generate(
             model, [rows[i]["prompt_ids"] for i, _ in part], max_new_tokens, stop_ids, temperature, top_k, top_p,
@@ -169,8 +169,8 @@ def evaluate(
             })
         mine += new
         keep(new)
-    records = [*(done or []), *itertools.chain(*gather(mine))]
-    if timeouts := sum(gather(Verifier.timeouts - timeouts)):
+    records = [*(done or []), *itertools.chain(*all_gather(mine))]
+    if timeouts := sum(all_gather(Verifier.timeouts - timeouts)):
         print(f"WARNING: math-verify took too long over {timeouts} answers, which count as wrong")
     records.sort(key=lambda r: (r["problem"], r["sample"]))
     return {**summarize(records, num_samples), "seconds": time.perf_counter() - start}, records
@@ -239,7 +239,7 @@ def preflight(pair: Pair, rows: list[dict], prefix_len: int, temperature: float,
     should come first, and how likely is each stop token where the student stopped?
     """
     lines, warnings, tokenizer, teacher_tokenizer = [], [], pair.tokenizer, pair.teacher_tokenizer
-    cap, models = min(prefix_len, 1024), (pair.sampler, pair.teacher)
+    cap = min(prefix_len, 1024)
 
     def spell(i: int) -> str:
         return f"{i} {tokenizer.decode([i])!r}"
@@ -260,20 +260,16 @@ def preflight(pair: Pair, rows: list[dict], prefix_len: int, temperature: float,
 
     rollout = generate(pair.sampler, prompts, cap, pair.stop_ids, temperature,
                        seeds=[seed + i for i in range(len(prompts))])
-    first, last, ended = [], [], []  # (2, vocab) log-probabilities of student and teacher at a response's two ends
+    said = []  # log-probabilities at the two ends of each response
     for i, row in enumerate(rows):
-        hidden = []  # (2 places, H) of each model
-        for model, prompt in zip(models, (row["prompt_ids"], row["teacher_ids"])):
+        for model, prompt in ((pair.sampler, row["prompt_ids"]), (pair.teacher, row["teacher_ids"])):
             ids = torch.tensor([prompt + rollout.response(i)[:-1]], device=model.device)
-            hidden.append(model(ids)[0, [len(prompt) - 1, -1]])
-        log_p = torch.stack([(h @ model.head[: pair.vocab].T).float().log_softmax(-1).cpu()
-                             for h, model in zip(hidden, models)])  # (2 models, 2 places, vocab)
-        first.append(log_p[:, 0])
-        if rollout.finished[i]:
-            last.append(log_p[:, 1])
-            ended.append(rollout.response(i)[-1])
-    p, q = torch.stack(first).exp().mean(0)  # (vocab,) each, over the prompts
-    kl = torch.stack([(x[0].exp() * (x[0] - x[1])).sum() for x in first]).mean()
+            hidden = model(ids)[0, [len(prompt) - 1, -1]]  # (2, H)
+            said.append((hidden @ model.head[: pair.vocab].T).float().log_softmax(-1).cpu())
+    first, last = torch.stack(said).unflatten(0, (-1, 2)).unbind(2)  # (prompts, 2 models, vocab) each
+    ended = [rollout.response(i)[-1] for i in range(len(rows)) if rollout.finished[i]]
+    p, q = first.exp().mean(0)  # (vocab,) each, over the prompts
+    kl = (first[:, 0].exp() * (first[:, 0] - first[:, 1])).sum(-1).mean()
     lines.append(
         f"first token: KL {kl:.2f} nats; most likely {spell(int(p.argmax()))} to the student ({p.max():.2f}), "
         f"{spell(int(q.argmax()))} to the teacher ({q.max():.2f})"
@@ -291,14 +287,14 @@ def preflight(pair: Pair, rows: list[dict], prefix_len: int, temperature: float,
             )
     stops = f"stops: {len(ended)} of {len(prompts)} responses ended within {cap:,} tokens"
     if ended:
-        p, q = torch.stack(last).exp().mean(0)
+        p, q = last[rollout.finished].exp().mean(0)
         stops += "; there, on average, " + ", ".join(
             f"{spell(i)}: student {p[i]:.1e}, teacher {q[i]:.1e}" for i in pair.stop_ids)
         used, preferred = max(set(ended), key=ended.count), max(pair.stop_ids, key=lambda i: q[i])
         if preferred != used and q[preferred] > 100 * q[used]:
             warnings.append(
                 f"stop mismatch: the student ends with {spell(used)}, the teacher with {spell(preferred)}. " + (
-                    "They are one class in the loss, so this costs nothing" if pair.stop_class else
+                    "They are one class in the loss, so this costs nothing" if pair.merged_stops else
                     "Every stop will be punished and responses will run to the cap: leave --stop_class on")
             )
     lines.append(stops)
@@ -353,12 +349,12 @@ def load_models(config: Config, need: tuple[str, ...] = ("prompt",), with_teache
         config.teacher = config.teacher or embedded_model(config.data, "teacher", "teacher")
     teacher = config.teacher if with_teacher else ""
     rows = load_jsonl(resolve(config.data, "test"), need)[: config.num_problems or None]
-    for folder in reversed(folders):  # each must agree with the teacher on every id
-        tokenizer, teachers, vocab, stop_ids = load_tokenizers(
-            folder, teacher, chat=config.chat, system=config.system, thinking=config.thinking,
-            stop_tokens=config.stop_tokens)
+    agreed = [load_tokenizers(  # each must agree with the teacher on every id
+        folder, teacher, chat=config.chat, system=config.system, thinking=config.thinking,
+        stop_tokens=config.stop_tokens) for folder in folders]
+    tokenizer, teachers, vocab, stop_ids = agreed[0]
     encode_prompts(rows, tokenizer, vocab, "--data", config.teacher_prompt if teacher else "", teachers)
-    models = {path: Transformer.for_reading(path, device, vocab) for path in paths}
+    models = {path: Transformer.frozen(path, device, vocab) for path in paths}
     scorer = load_teacher(teacher, device, vocab) if teacher else None
     for model in filter(None, (*models.values(), scorer)):
         prompts = [row["teacher_ids" if model is scorer else "prompt_ids"] for row in rows]
@@ -375,7 +371,7 @@ def main(config: Config) -> None:
     models, _, tokenizer, stop_ids, rows = load_models(config, need=("prompt", "answer"))
     path, model = next(iter(models.items()))
     file = Path(config.out).with_suffix(".jsonl") if config.out else None
-    done = gather(kept_responses(config, file, checkpoint_folder(path)) if file and rank() == 0 else [])[0]
+    done = all_gather(kept_responses(config, file, checkpoint_folder(path)) if file and rank() == 0 else [])[0]
 
     def keep(records: list[dict]) -> None:
         if file is not None:
@@ -444,7 +440,7 @@ def sample_responses(model: Transformer, prompts: list[list[int]], config: Confi
 def respond_for_both(model: Transformer, rows: list[dict], config: Config, stop_ids) -> Rollout:
     """Responses of a student, as it and the teacher read them."""
     rollout = sample_responses(model, [row["prompt_ids"] for row in rows], config, stop_ids)
-    rollout.for_teacher = rollout.behind([row["teacher_ids"] for row in rows])
+    rollout.for_teacher = rollout.with_prompts([row["teacher_ids"] for row in rows])
     return rollout
 
 
@@ -476,12 +472,9 @@ def diagnose_positions(config: Config) -> dict:
 
 def diagnose_teacher_prefix(config: Config) -> dict:
     """Accuracy of each student after k tokens of the teacher's."""
-    try:
-        lens = sorted({int(n) for n in config.lens.split(",")})
-        if lens[0] < 0:
-            raise ValueError
-    except ValueError:
-        raise InputError(f"--lens {config.lens}: expected numbers from 0 on, with commas between them") from None
+    if not re.fullmatch(r"\d+(,\d+)*", config.lens):
+        raise InputError(f"--lens {config.lens}: expected numbers from 0 on, with commas between them")
+    lens = sorted({int(n) for n in config.lens.split(",")})
     students, teacher, tokenizer, stop_ids, rows = load_students(config, ("prompt", "answer"))
     rows, curves = rows[: config.num_problems or 200], {}
     prompts = [row["prompt_ids"] for row in rows]

@@ -62,7 +62,6 @@ def distill_loss(
     temperature: float = 1.0,
     beta: float = 0.5,
     top_k: int = 64,
-    top_k_of: str = "teacher",
     targets: Tensor | None = None,
     stop_ids: tuple[int, ...] = (),
     vocab: int | None = None,
@@ -74,8 +73,8 @@ def distill_loss(
         teacher's, taken as constants; may be None for cross_entropy only. Hidden states in float64, float32 or half
         precision; heads are cast to it, and products of half precision are still delivered in float32.
     token_weights (N,): weight of each row, by default 1 / N. For a step split into parts, pass 1 / (rows of the whole
-        step). temperature: divides both models' logits. beta: the jsd's mixture, 0 < beta < 1. top_k, top_k_of:
-        topk_reverse_kl keeps the top_k tokens of the "teacher" or the "student".
+        step). temperature: divides both models' logits. beta: the jsd's mixture, 0 < beta < 1. top_k: how many of the
+        teacher's most likely tokens topk_reverse_kl keeps.
     targets (N,): the token that was sampled (or read); needed by sampled_kl and cross_entropy.
     stop_ids: ids that end a response and mean the same; merged into one outcome in both models (their probabilities
         add) before the divergence is taken, so that a student that stops with another id than the teacher is not
@@ -99,8 +98,8 @@ def distill_loss(
         raise ValueError(f"loss {loss!r} needs the teacher's hidden states and head both")
     if loss == "jsd" and not 0 < beta < 1:
         raise ValueError(f"beta must lie strictly between 0 and 1, found {beta} (its ends are not the two KLs)")
-    if top_k < 1 or top_k_of not in ("teacher", "student"):
-        raise ValueError(f"top_k must be at least 1 and of 'teacher' or 'student', found {top_k} of {top_k_of!r}")
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, found {top_k}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, found {temperature}")
     smaller = len(head_s) if head_t is None else min(len(head_s), len(head_t))
@@ -121,7 +120,7 @@ def distill_loss(
         targets = torch.where(torch.isin(targets, stops), stops[0], targets)
     total, names, stats = FusedDivergence.apply(
         hidden_s, head_s, hidden_t, head_t, token_weights, targets, stops, vocab, temperature, chunk_rows,
-        (loss, beta, min(top_k, vocab), top_k_of),
+        (loss, beta, min(top_k, vocab)),
     )
     return total, dict(zip(names, stats.unbind(1)))
 
@@ -189,7 +188,7 @@ class FusedDivergence(torch.autograd.Function):
 
 
 def value_and_gradient(
-    z: Tensor, t: Tensor | None, y: Tensor | None, loss: str, beta: float, top_k: int, top_k_of: str
+    z: Tensor, t: Tensor | None, y: Tensor | None, loss: str, beta: float, top_k: int
 ) -> dict[str, Tensor]:
     """The loss of each row and its gradient with respect to the logits, for a few rows.
 
@@ -223,7 +222,7 @@ def value_and_gradient(
         stats["loss"] = stats["kl"]
         torch.mul(p, score.sub_(mean.to(z.dtype)), out=z)
     elif loss == "topk_reverse_kl":
-        kept = (t if top_k_of == "teacher" else z).topk(top_k, dim=-1).indices  # (b, k)
+        kept = t.topk(top_k, dim=-1).indices  # (b, k)
         tail_s, tail_t = (x.double().scatter(-1, kept, FAR).logsumexp(-1, keepdim=True) for x in (z, t))
         tail_score = (tail_s - tail_t).to(z.dtype)  # of the bucket; up to the same constant as score
         score = tail_score.expand_as(score).scatter(-1, kept, score.gather(-1, kept))

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data import InputError, reading
 from data.checkpoint import FAMILIES, checkpoint_folder, head_dim_of, load_config, weight_files, write_config
-from data.ranks import full, world
+from data.ranks import full_tensor, world_size
 
 
 class RMSNorm(nn.Module):
@@ -261,7 +261,7 @@ class Transformer(nn.Module):
         return model
 
     @classmethod
-    def for_reading(cls, path: str, device: torch.device, vocab: int, dtype: torch.dtype | None = None):
+    def frozen(cls, path: str, device: torch.device, vocab: int, dtype: torch.dtype | None = None):
         """A checkpoint that samples and scores but is not trained: without gradients, by default in bfloat16 on a GPU
         and in float32 elsewhere. vocab: how many of its rows are tokens."""
         model = cls.from_pretrained(path, device, dtype or default_dtype(device)).requires_grad_(False)
@@ -269,10 +269,10 @@ class Transformer(nn.Module):
         return model
 
     @torch.no_grad()
-    def refresh(self, trained: "Transformer") -> None:
+    def copy_from(self, trained: "Transformer") -> None:
         """Take over the weights of a model, sharded or not, after its optimizer's step."""
         for mine, new in zip(self.parameters(), trained.parameters()):
-            mine.copy_(full(new))
+            mine.copy_(full_tensor(new))
 
     def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors; transformers and vLLM load the folder as it is. weights: the whole
@@ -327,7 +327,7 @@ class OtherFamily(nn.Module):
 
 def load_teacher(path: str, device: torch.device, vocab: int, dtype: torch.dtype | None = None) -> nn.Module:
     if load_config(checkpoint_folder(path), any_family=True).model_type in FAMILIES:
-        return Transformer.for_reading(path, device, vocab, dtype)
+        return Transformer.frozen(path, device, vocab, dtype)
     return OtherFamily(path, device, vocab, dtype or default_dtype(device))
 
 
@@ -348,7 +348,7 @@ def shard(model: Transformer, group: int, dtype: torch.dtype) -> Transformer:
 
     if not isinstance(model, Transformer):
         raise InputError(f"--shard_teacher: a {model.config.model_type} teacher cannot be split")
-    mesh = init_device_mesh(model.device.type, (world() // group, group), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(model.device.type, (world_size() // group, group), mesh_dim_names=("replicate", "shard"))
     half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     options = {"mesh": mesh, "mp_policy": half if dtype.itemsize < 4 else MixedPrecisionPolicy()}
     for block in model.model.layers:

@@ -61,7 +61,7 @@ class Rollout:
         finished = torch.tensor([bool(r) and r[-1] in stop_ids for r in responses])
         return cls(tokens, prompt_lens, lens, finished, torch.stack((lens * 0, lens), dim=1))
 
-    def behind(self, prompts: list[list[int]]) -> "Rollout":
+    def with_prompts(self, prompts: list[list[int]]) -> "Rollout":
         """The same responses behind other prompts."""
         tokens = pad_sequence([torch.tensor(p + self.response(i)) for i, p in enumerate(prompts)], batch_first=True)
         return replace(self, tokens=tokens, prompt_lens=torch.tensor([*map(len, prompts)]))
@@ -105,12 +105,13 @@ class Rollout:
         if not len(rows):  # a rank without work, which takes part in the others' forward
             none = torch.zeros(0, dtype=torch.long)
             return torch.zeros(1, 1, dtype=torch.long, device=device), none.to(device), none.to(device), none
-        ends, start = (self.prompt_lens + self.supervised[:, 1])[rows, None], self.prompt_lens[rows, None] - 1
-        tokens = self.tokens[rows, : int(ends.max())]
-        t = torch.arange(tokens.shape[1] - 1)
-        mask = (t >= start + self.supervised[rows, :1]) & (t <= ends - 2)  # (b, T-1)
+        prompt_lens = self.prompt_lens[rows, None]  # (b, 1)
+        first, end = (prompt_lens + self.supervised[rows]).split(1, dim=1)  # (b, 1) each, in places of the row
+        tokens = self.tokens[rows, : int(end.max())]
+        t = torch.arange(1, tokens.shape[1])  # places of the tokens that are predicted
+        mask = (first <= t) & (t < end)  # (b, T-1)
         at, targets = mask.flatten().nonzero()[:, 0], tokens[:, 1:][mask]
-        return tokens[:, :-1].to(device), at.to(device), targets.to(device), (t - start)[mask]
+        return tokens[:, :-1].to(device), at.to(device), targets.to(device), (t - prompt_lens)[mask]
 
 
 class KVCache:
@@ -262,16 +263,16 @@ def generate(
             if 8 * len(free) >= len(held):  # not for every single one: reading one prompt takes as long as four
                 held = regroup(free)
                 rows = torch.tensor(held, device=device)
-            oldest = min(started[row] for row in held if alive[row])
-            longest_read = max(len(prompts[row]) - started[row] for row in held if alive[row])  # but for `step`
-            look += min(look_every, oldest + cap - 1 - step)  # or when the first of them reaches the cap
+            first_full = min(started[row] for row in held if alive[row]) + cap - 1  # step at which a row has `cap`
+            ahead = max(len(prompts[row]) - started[row] for row in held if alive[row])  # longest row less `step`
+            look = min(step + look_every, first_full)
             if look == step:  # a cap of one token
                 continue
         step += 1
-        read = math.ceil((longest_read + step) / LENGTH_STEP) * LENGTH_STEP  # positions of the cache
+        length = math.ceil((ahead + step) / LENGTH_STEP) * LENGTH_STEP  # positions of the cache to read
         newest = count[rows] - 1
         inputs = ids[rows, newest], prompt_len[rows] + newest, noise[rows, newest + 1]
-        note(rows, next_tokens(model, *inputs, read, how))
+        note(rows, next_tokens(model, *inputs, length, how))
     bar.close()
     rollout = Rollout.of(prompts, [row[:n] for row, n in zip(ids.tolist(), count.tolist()[:N])], stop_ids)
     read = rollout.prompt_lens + rollout.lens - 1  # the last token is never fed back
@@ -375,7 +376,7 @@ def main(config: Config) -> None:
             raise InputError("--prompt: nothing in it, and this tokenizer puts nothing before it")
         if config.prompt and not prompt.endswith("\n") and not tokenizer.chats():
             print("note: the prompt does not end with a newline; the embedded models expect one")
-        model = Transformer.for_reading(folder, device, tokenizer.vocab_size)
+        model = Transformer.frozen(folder, device, tokenizer.vocab_size)
         fit_cap(config, "max_new_tokens", [ids], model.config.max_position_embeddings)
         stop_ids = (*tokenizer.stop_ids, *tokenizer.stop_ids_of(config.stop_tokens))
         start = time.perf_counter()

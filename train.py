@@ -34,7 +34,7 @@ from tqdm import tqdm
 from data import HERE, InputError, embedded_model, load_jsonl, out_of_memory, resolve, run_command
 from data.checkpoint import checkpoint_folder, head_dim_of, load_config
 from data.flags import check_flags, flag, parse_flags
-from data.ranks import add_up, full, gather, join, rank, world
+from data.ranks import all_gather, all_reduce, full_tensor, join, rank, world_size
 from data.run import Run, claim, fingerprint, restore_flags
 from data.tokenizer import Clock, check_rendering
 from eval import Pair, by_position, encode_prompts, evaluate, load_tokenizers, preflight, score
@@ -116,7 +116,6 @@ class Config:
     plan: bool = flag(False, "only print what the run would take, from the two config.json alone")
     world: int = flag(1, "ranks that --plan counts with", least=1)
 
-
     @property
     def scored(self) -> bool:
         """Whether the loss needs what a teacher says."""
@@ -126,7 +125,7 @@ class Config:
 def fill_in(c: Config) -> None:
     """Refuse flags that contradict each other, and fill in those that follow from others."""
     check_flags(c)
-    ranks = c.world if c.plan else world()
+    ranks = c.world if c.plan else world_size()
     needs_teacher = c.scored or c.rollout == "teacher" or c.mix > 0
     c.student = c.student or embedded_model(c.data, "student", "student")
     c.teacher = c.teacher or (embedded_model(c.data, "teacher", "teacher") if needs_teacher else "")
@@ -173,12 +172,7 @@ def read_prompts(config: Config) -> tuple[list[dict], list[dict]]:
     if not wanted:
         return rows, []
     file = resolve(config.eval_data or config.data, "test", "eval_data" if config.eval_data else "data")
-    try:
-        test = load_jsonl(file, ("prompt", "answer") if config.eval_problems else ("prompt",))[:wanted]
-    except InputError as error:
-        mend = "; --eval_problems 0 measures only the KL, which needs none" if '"answer"' in str(error) else ""
-        raise InputError(f"{error}{mend}") from None
-    return rows, test
+    return rows, load_jsonl(file, ("prompt", "answer") if config.eval_problems else ("prompt",))[:wanted]
 
 
 def load_pair(config: Config, resume_from: Path | None) -> Pair:
@@ -201,7 +195,7 @@ def load_pair(config: Config, resume_from: Path | None) -> Pair:
     student.recompute, student.vocab = config.recompute, vocab
     print(f"student {config.student}: {count_parameters(student.config):,} parameters, float32"
           + (f"; teacher {config.teacher}: {count_parameters(teacher.config):,}, {config.dtype}" if teacher else ""))
-    # Where the student itself is wider, or sharded, a copy samples; its weights keep their addresses (`refresh`).
+    # Where the student itself is wider, or sharded, a copy samples; its weights keep their addresses (`copy_from`).
     sampler = student
     if dtype != torch.float32 or config.shard > 1:
         sampler = copy.deepcopy(student).to(dtype).requires_grad_(False)
@@ -211,10 +205,10 @@ def load_pair(config: Config, resume_from: Path | None) -> Pair:
         if teacher:
             teacher.compile(dynamic=True)
         sampler.graphs = {} if device.type == "cuda" else None
-    stop_class = stop_ids if config.stop_class else ()
+    merged = stop_ids if config.stop_class else ()
     print(f"vocabulary {vocab:,} of {student.config.vocab_size:,} rows; stop tokens "
-          + ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in stop_ids) + " (one class)" * (len(stop_class) > 1))
-    return Pair(student, sampler, teacher, tokenizer, teachers, vocab, stop_ids, stop_class, dtype)
+          + ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in stop_ids) + " (one class)" * (len(merged) > 1))
+    return Pair(student, sampler, teacher, tokenizer, teachers, vocab, stop_ids, merged, dtype)
 
 
 def prepare_prompts(config: Config, rows: list[dict], test: list[dict], pair: Pair) -> None:
@@ -223,16 +217,15 @@ def prepare_prompts(config: Config, rows: list[dict], test: list[dict], pair: Pa
         encode_prompts(some, pair.tokenizer, pair.vocab, where, config.teacher_prompt, pair.teacher_tokenizer)
     for tokenizer in filter(None, (pair.tokenizer, pair.teacher_tokenizer)):
         check_rendering(tokenizer, [row["prompt"] for row in rows[:8]])
-    for row in rows if config.rollout == "data" else ():
-        row["solution_ids"] = pair.tokenizer.encode(row["solution"])
-    for model, key, held_out in ((pair.student, "prompt_ids", True), (pair.teacher, "teacher_ids", config.eval_kl)):
-        caps = [("prefix_len", rows)] if config.window == "prefix" else []
-        caps += [("max_new_tokens", rows)] if config.window != "prefix" or config.mix else []
-        caps += [("max_new_tokens", test)] if test and held_out else []
-        for name, some in caps if model is not None else ():
-            who = "teacher" if model is pair.teacher else "student"
-            where = f"{'held-out ' if some is test else ''}prompts of the {who}, "
-            fit_cap(config, name, [row[key] for row in some], model.config.max_position_embeddings, where)
+    if config.rollout == "data":
+        for row in rows:
+            row["solution_ids"] = pair.tokenizer.encode(row["solution"])
+    trained = "max_new_tokens" if config.window != "prefix" or config.mix else "prefix_len"  # what caps a response
+    for who, model, key in (("student", pair.student, "prompt_ids"), ("teacher", pair.teacher, "teacher_ids")):
+        for kind, some, cap in (("", rows, trained), ("held-out ", test, "max_new_tokens")):
+            if model is not None and some:
+                prompts, where = [row[key] for row in some], f"{kind}prompts of the {who}, "
+                fit_cap(config, cap, prompts, model.config.max_position_embeddings, where)
 
 
 # --- how long the prefix is
@@ -298,10 +291,10 @@ def respond(batch: list[dict], step: int, prefix_len: int, config: Config, pair:
     """
     generator = torch.Generator().manual_seed(config.seed + 104729 * (step + 1))
     seeds = torch.randint(2**63 - 1, (len(batch),), generator=generator).tolist()
-    window_draw = torch.rand(len(batch), generator=generator, dtype=torch.float64)[rank() :: world()]
+    window_draw = torch.rand(len(batch), generator=generator, dtype=torch.float64)[rank() :: world_size()]
     cap = prefix_len if config.window == "prefix" else config.max_new_tokens
     by_teacher = len(batch) if config.rollout == "teacher" else round(config.mix * len(batch))
-    mine, responses, flop = range(rank(), len(batch), world()), [], 0.0
+    mine, responses, flop = range(rank(), len(batch), world_size()), [], 0.0
     if config.rollout == "data":
         responses = [[*batch[i]["solution_ids"], pair.tokenizer.eos_id][:cap] for i in mine]
     else:
@@ -321,7 +314,7 @@ def respond(batch: list[dict], step: int, prefix_len: int, config: Config, pair:
         rest = (rollout.lens - prefix_len).clamp(min=0)  # tokens outside the window
         start = {"first": rest * 0, "last": rest, "random": (window_draw * (rest + 1)).long()}[config.window]
         rollout.supervised = torch.stack((start, (start + prefix_len).minimum(rollout.lens)), dim=1)
-    rollout.for_teacher = rollout.behind([batch[i]["teacher_ids"] for i in mine])
+    rollout.for_teacher = rollout.with_prompts([batch[i]["teacher_ids"] for i in mine])
     return rollout
 
 
@@ -332,9 +325,9 @@ def even_micro_batches(rollout: Rollout, micro_tokens: int) -> tuple[list[Tensor
     """This rank's micro-batches, and the supervised tokens of all ranks. A rank with fewer micro-batches than others
     gets some without rows, since with --shard all wait for each other in every forward."""
     mine = list(rollout.micro_batches(micro_tokens))
-    counts = gather((len(mine), rollout.num_supervised()))
+    counts, supervised = zip(*all_gather((len(mine), rollout.num_supervised())))
     nothing = torch.zeros(0, dtype=torch.long)
-    return mine + [nothing] * (max(c[0] for c in counts) - len(mine)), sum(c[1] for c in counts)
+    return mine + [nothing] * (max(counts) - len(mine)), sum(supervised)
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -373,14 +366,14 @@ def train(config: Config) -> None:
 
 def distill(config: Config, resume_from: Path | None) -> None:
     """The run: what it needs, then its steps."""
-    Clock.moment = gather(Clock.moment)[0]  # chat templates see one time on all ranks
+    Clock.moment = all_gather(Clock.moment)[0]  # chat templates see one time on all ranks
     rows, test = read_prompts(config)  # before the models, which may have to be downloaded
     pair = load_pair(config, resume_from)
     prepare_prompts(config, rows, test, pair)
     student, teacher, device = pair.student, pair.teacher, pair.sampler.device
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     loss_options = {"loss": config.loss, "temperature": config.temperature, "beta": config.beta, "top_k": config.top_k,
-                    "vocab": pair.vocab, "stop_ids": pair.stop_class if config.scored else ()}
+                    "vocab": pair.vocab, "stop_ids": pair.merged_stops if config.scored else ()}
     autocast = {"device_type": device.type, "dtype": pair.dtype,
                 "enabled": pair.dtype.itemsize < 4 and config.shard == 1}  # --shard casts by itself
     inputs = {"file of --data": zlib.crc32(resolve(config.data, "train").read_bytes())}
@@ -389,16 +382,15 @@ def distill(config: Config, resume_from: Path | None) -> None:
         inputs["surroundings of the teacher's prompts"] = pair.teacher_tokenizer.surroundings()
         inputs["teacher's weights"] = fingerprint(checkpoint_folder(config.teacher))
     run = Run(config, pair, optimizer, resume_from, inputs)
-    print(f"{len(rows):,} prompts, {len(test):,} held-out; {device}" + f", {world()} ranks" * (world() > 1))
+    print(f"{len(rows):,} prompts, {len(test):,} held-out; {device}" + f", {world_size()} ranks" * (world_size() > 1))
     with say_what_to_change(run):
         run.stage = "sampling"
         if teacher is not None and resume_from is None:
-            first_rows = batch_of(rows, 0, config)[:8]
-            length = min(config.prefix_len, config.prefix_len if config.window == "prefix" else config.max_new_tokens)
-            print("\n".join(preflight(pair, first_rows, length, config.temperature, config.seed)))
+            few, length = batch_of(rows, 0, config)[:8], min(config.prefix_len, config.max_new_tokens)
+            print("\n".join(preflight(pair, few, length, config.temperature, config.seed)))
 
         # A signal ends the run after its step. (torchrun's SIGTERM means that another rank has died: nothing to save.)
-        for name in (signal.SIGINT, signal.SIGTERM) if world() == 1 else (signal.SIGINT,):
+        for name in (signal.SIGINT, signal.SIGTERM) if world_size() == 1 else (signal.SIGINT,):
             signal.signal(name, run.interrupt)
         bar = tqdm(initial=run.step, total=config.steps, desc="train", disable=True if rank() else None)
         while True:
@@ -439,17 +431,16 @@ def distill(config: Config, resume_from: Path | None) -> None:
             stats = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
             must_be_finite(stats)
 
-            run.stage = "the optimizer's step"
             if config.shard == 1:  # else backward has done it
-                add_up([p.grad for p in student.parameters()])
-            grad_norm = float(full(torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)))
+                all_reduce([p.grad for p in student.parameters()])
+            grad_norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)))
             if not math.isfinite(grad_norm):
                 raise FloatingPointError("the loss is finite, but the gradient is not")
             optimizer.param_groups[0]["lr"] = learning_rate(run.step, config)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if pair.sampler is not student:
-                pair.sampler.refresh(student)
+                pair.sampler.copy_from(student)
 
             # log, save
             run.step += 1
@@ -471,7 +462,7 @@ def log_step(
     """Gather a step from all ranks, its statistics by token and the lengths of its responses, write its record to
     log.jsonl (data/readme.md explains the fields) and show it: in a terminal a bar; into a file a line now and then. An
     adaptive prefix grows by them."""
-    ranks = gather({"stats": stats, "lens": rollout.lens, "finished": rollout.finished,
+    ranks = all_gather({"stats": stats, "lens": rollout.lens, "finished": rollout.finished,
                     "flops": step_flops(pair, rollout, run.config)})
     stats = {name: torch.cat([r["stats"][name] for r in ranks]) for name in ranks[0]["stats"]}
     lens, finished = (torch.cat([r[name] for r in ranks]) for name in ("lens", "finished"))
@@ -510,8 +501,8 @@ def examine(pair: Pair, test: list[dict], config: Config, run: Run) -> None:
     if config.eval_kl and pair.teacher is not None:
         prompts, responses = [row["prompt_ids"] for row in test], [answer["ids"] for answer in answers]
         rollout = Rollout.of(prompts[: config.eval_kl], responses[: config.eval_kl], pair.stop_ids)
-        rollout.for_teacher = rollout.behind([row["teacher_ids"] for row in test[: config.eval_kl]])
-        stats = score(rollout, pair.sampler, pair.teacher, stop_ids=pair.stop_class, temperature=config.temperature,
+        rollout.for_teacher = rollout.with_prompts([row["teacher_ids"] for row in test[: config.eval_kl]])
+        stats = score(rollout, pair.sampler, pair.teacher, stop_ids=pair.merged_stops, temperature=config.temperature,
                       micro_tokens=config.micro_tokens)
         must_be_finite(stats)
         kl, position, prefix_len = stats["kl"], stats["position"], prefix_len_at(run.step, config, run.adaptive)
@@ -520,9 +511,8 @@ def examine(pair: Pair, test: list[dict], config: Config, run: Run) -> None:
         said += f", KL to the teacher {record['kl']:.4f} nats per token"
         if run.step == 0:
             said += f"; the first {prefix_len:,} tokens hold {record['kl_in_prefix']:.0%} of it"
-        read = rollout.prompt_lens + rollout.lens - 1
-        rollout.flop = count_flops(pair.student.config, read, rollout.num_supervised())
-        record["flop_per_whole_response"] = sum(step_flops(pair, rollout, config).values()) / len(rollout.lens)
+        flops = step_flops(pair, rollout, config)  # but for sampling, which is one forward: a third of learning
+        record["flop_per_whole_response"] = (sum(flops.values()) + flops["flop_student"] / 3) / len(rollout.lens)
     if pair.sampler.graphs is None:  # which go by its addresses
         pair.sampler.cache = None  # larger than a training step's
     run.write({"step": run.step, "eval": "sampled", **record, "seconds": time.perf_counter() - start})
@@ -564,21 +554,19 @@ def say_what_to_change(run: Run):
     try:
         yield
     except (FloatingPointError, RuntimeError) as error:
-        ran_out = out_of_memory(error)
-        if not ran_out and not isinstance(error, FloatingPointError):
-            raise
-        half_made = ran_out and run.stage == "the optimizer's step"
-        if run.step and world() == 1 and run.saved != run.checkpoint and not half_made:
-            run.save()
-        what, mend = error, "Lower --lr, or use --dtype float32"
-        if ran_out:
+        if isinstance(error, FloatingPointError):
+            what, mend = error, "Lower --lr, or use --dtype float32"
+        elif out_of_memory(error):
             lower = {"sampling": "--batch_size or --prefix_len", "evaluation": "--eval_batch_size or --micro_tokens"}
             what = f"out of memory in {run.stage}"
             mend = f"Lower {lower.get(run.stage, '--micro_tokens, or add --recompute')}"
-        how = "with --resume" if ran_out and run.stage != "sampling" else "as another run, by --student"
-        kept = f"the last state saved is {run.saved} (go on from it {how})"
+        else:
+            raise
+        if run.step and world_size() == 1 and run.saved != run.checkpoint:
+            run.save()
+        kept = f"the last state saved is {run.saved}" if run.saved else "nothing was saved"
         step = run.step + (run.stage not in ("evaluation", "saving"))
-        raise InputError(f"step {step}: {what}; {kept if run.saved else 'nothing was saved'}. {mend}") from None
+        raise InputError(f"step {step}: {what}; {kept}. {mend}") from None
 
 
 # --- what a step costs
@@ -600,8 +588,8 @@ def plan(config: Config) -> dict[str, float]:
     evaluation, whose cache grows with --eval_batch_size x --max_new_tokens, and parts of a few percent.
     """
     prompt, prompt_t = 64, 512 if config.teacher_prompt else 64
-    whole = max(config.max_new_tokens, config.prefix_len if config.window == "prefix" else 1)
-    length = max(config.prefix_len, whole) if config.mix or config.window != "prefix" else config.prefix_len
+    whole = max(config.max_new_tokens, config.prefix_len)
+    length = whole if config.mix or config.window != "prefix" else config.prefix_len
     on_gpu = (config.device or choose_device("").type).startswith("cuda")  # which need not be here
     size = 2 if (config.dtype or ("bfloat16" if on_gpu else "float32")) == "bfloat16" else 4
     s, t = load_config(checkpoint_folder(config.student, ("config.json",))), None
@@ -614,7 +602,7 @@ def plan(config: Config) -> dict[str, float]:
     heads = (s.num_attention_heads + s.num_key_value_heads) * head_dim_of(s)
     block = 4 * (4 * H + 2 * heads * (s.model_type == "qwen3")) + size * (2 * H + 2 * heads + 4 * s.intermediate_size)
     tokens = max(config.micro_tokens, prompt + length)
-    writers = [t] if config.rollout == "teacher" else [s, t] if config.mix else [s] * (config.rollout != "data")
+    writers = {"student": [s, t] if config.mix else [s], "teacher": [t], "data": []}[config.rollout]
     kv = sum(2 * w.num_hidden_layers * w.num_key_value_heads * head_dim_of(w) for w in writers)
     always = {
         "student: float32 weights": 4 * P / config.shard, "student: AdamW's moments": 8 * P / config.shard,
@@ -641,20 +629,17 @@ def plan(config: Config) -> dict[str, float]:
     for part, b in (always | sampling | learning | {f"in all, {name}": b for name, b in found.items()}).items():
         print(f"  {part:40}{b / 1e9:10.3f}")
 
-    def flops(writer, cut: int) -> list[float]:
-        """Of sampling, scoring and learning from one response, by a --prefix_len of `cut`."""
-        sampled = cut if config.window == "prefix" else whole
-        end = {"prefix": cut, "first": cut, "last": whole, "random": (cut + whole) / 2}[config.window]
-        wrote, read, read_t = (torch.tensor([n - 1.0]) for n in (
-            (prompt_t if writer is t else prompt) + sampled, prompt + end, prompt_t + end))
-        return [count_flops(writer, wrote, sampled) if writer is not None else 0.0,
-                count_flops(t, read_t, cut) if config.scored else 0.0, 3 * count_flops(s, read, cut)]
+    def flops(writer, length: int) -> list[float]:
+        """Of sampling, scoring and learning from one response of this length."""
+        read, read_t = (torch.tensor([n + length - 1.0]) for n in (prompt, prompt_t))
+        return [count_flops(writer, read_t if writer is t else read, length) if writer is not None else 0.0,
+                count_flops(t, read_t, length) if config.scored else 0.0, 3 * count_flops(s, read, length)]
 
     writer = writers[0] if writers else None
     by_teacher = flops(t, whole) if config.mix else [0.0] * 3
     print("\nTFLOP per step with responses cut at prefix_len\n  prefix_len     sampling      teacher      student"
           "          all  saving")
-    for cut in sorted({min(config.prefix_len, whole), whole, *(whole >> k for k in range(1, 8) if whole >> k)}):
+    for cut in sorted({config.prefix_len, whole, *(whole >> k for k in range(1, 8) if whole >> k)}):
         parts = [(1 - config.mix) * a + config.mix * b for a, b in zip(flops(writer, cut), by_teacher)]
         shown = (f"{config.batch_size * x / 1e12:12.4g}" for x in (*parts, sum(parts)))
         print(f"  {cut:10,} {' '.join(shown)}  {sum(flops(writer, whole)) / sum(parts):5.1f}x")

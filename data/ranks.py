@@ -22,30 +22,31 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """How many there are."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def gather(x) -> list:
+def all_gather(x) -> list:
     """Every rank's x, on every rank, in the order of ranks. A rank waits here until all have come."""
-    if world() == 1:
+    if world_size() == 1:
         return [x]
-    found = [None] * world()
+    found = [None] * world_size()
     dist.all_gather_object(found, x)
     return found
 
 
-def add_up(gradients: list[Tensor]) -> None:
+def all_reduce(gradients: list[Tensor]) -> None:
     """Replace each tensor by its sum over all ranks."""
-    for g in gradients if world() > 1 else ():
-        dist.all_reduce(g)
+    if world_size() > 1:
+        for g in gradients:
+            dist.all_reduce(g)
 
 
 # A sharded model's parameters are DTensors (model.py, `shard`): each rank holds a part of every one.
 
 
-def full(x: Tensor) -> Tensor:
+def full_tensor(x: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded. All ranks must ask for it together. What is computed from a DTensor
     (a norm, a sum) is one rank's part until it goes through here."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
@@ -55,7 +56,7 @@ def collect(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors in the memory of rank 0, one after the other; nothing on the other ranks."""
     found = {}
     for name, x in tensors.items():
-        whole = full(x.detach())
+        whole = full_tensor(x.detach())
         if rank() == 0:
             found[name] = whole.cpu().contiguous()
     return found

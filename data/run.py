@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from data import InputError, parse_object, read_json, reading
 from data.checkpoint import weight_files
-from data.ranks import collect, gather, like, rank
+from data.ranks import all_gather, collect, like, rank
 from data.tokenizer import resume_clock
 
 try:
@@ -48,8 +48,10 @@ def restore_flags(config) -> Path:
     state, barred = read_state(found[-1]), []
     resume_clock(state)
     before = state["config"]
-    for name in asdict(config).keys() & before.keys() - {"resume", "overwrite", "out_dir", "plan", "world"}:
-        was, now = before[name], getattr(config, name)
+    for name, now in asdict(config).items():
+        if name in ("resume", "overwrite", "out_dir", "plan", "world") or name not in before:
+            continue
+        was = before[name]
         if name not in config.typed:
             setattr(config, name, was)
         elif now != was and name in MAY_CHANGE:
@@ -85,10 +87,10 @@ def claim(config):
     try:
         if not config.resume:
             protect(config, out)
-        gather(None)  # all ranks have seen the folder as it was
+        all_gather(None)  # all ranks have seen the folder as it was
         if rank() == 0:
             out.mkdir(parents=True, exist_ok=True)
-            lock = open(out / LOCK, "a+")  # noqa: SIM115
+            lock = open(out / LOCK, "a")  # noqa: SIM115
     except OSError as error:
         raise InputError(f"--out_dir {out}: cannot be written to ({error.strerror}); choose another") from None
     if rank():
@@ -99,12 +101,7 @@ def claim(config):
             if fcntl is not None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            lock.seek(0)
-            raise InputError(f"--out_dir {out}: process {lock.read()} is training there; wait for it, or choose "
-                             "another") from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+            raise InputError(f"--out_dir {out}: another run is at work there; wait, or choose another") from None
         try:
             yield
         finally:
@@ -195,7 +192,7 @@ class Run:
             if (free := shutil.disk_usage(self.out).free) < need:
                 raise InputError(f"--out_dir {self.out}: checkpoints will take {need / 1e9:.1f} GB there and "
                                  f"{free / 1e9:.1f} GB are free; free some or choose another")
-        gather(None)
+        all_gather(None)
 
     def interrupt(self, *_) -> None:
         """What Ctrl-C or SIGTERM does during the loop; a second one ends the process."""
@@ -205,7 +202,7 @@ class Run:
 
     def stopping(self) -> bool:
         """Whether any rank was interrupted; all ask together."""
-        stop = any(gather(self.interrupted))
+        stop = any(all_gather(self.interrupted))
         self.interrupted = self.interrupted or stop
         return stop
 
@@ -216,7 +213,7 @@ class Run:
 
     def records(self) -> list[dict]:
         """The log as rank 0 sees it, on every rank."""
-        return gather(read_log(self.log) if rank() == 0 and self.log.is_file() else [])[0]
+        return all_gather(read_log(self.log) if rank() == 0 and self.log.is_file() else [])[0]
 
     @property
     def checkpoint(self) -> Path:
@@ -239,27 +236,18 @@ class Run:
                 self.tokenizer.save(temporary, self.stop_ids)
                 save_file(moments, temporary / "optimizer.safetensors")
                 (temporary / "state.json").write_text(json.dumps(state, indent=1))
-                for file in temporary.iterdir():  # on the disk before the name says so
+                for file in temporary.iterdir():
                     shutil.copymode(temporary / "state.json", file)  # safetensors files come without the umask's mode
-                    with open(file, "rb") as handle:
-                        os.fsync(handle.fileno())
                 if final.exists():
                     remove(final)
                 os.replace(temporary, final)
-                if os.name == "posix":
-                    folder = os.open(self.out, os.O_RDONLY)
-                    os.fsync(folder)
-                    os.close(folder)
                 for old in checkpoints(self.out)[:-KEEP]:
                     remove(old)
             except (OSError, SafetensorError) as error:
                 shutil.rmtree(temporary, ignore_errors=True)
-                size = sum(x.nbytes for x in (*weights.values(), *moments.values()))
-                raise InputError(
-                    f"step {self.step} could not be saved in {self.out} ({error}): it takes {size / 1e9:.3g} GB, and "
-                    f"{shutil.disk_usage(self.out).free / 1e9:.3g} GB are free. The last complete checkpoint is "
-                    f"{self.saved or 'none'}; free some and go on with --resume") from None
-        gather(None)
+                raise InputError(f"step {self.step} could not be saved in {self.out} ({error}). The last complete "
+                                 f"checkpoint is {self.saved or 'none'}; mend that and go on with --resume") from None
+        all_gather(None)
         self.saved = final
 
     def load(self, folder: Path) -> None:
@@ -290,10 +278,11 @@ class Run:
         print(f"\nafter {final['step']} step{'s' * (final['step'] > 1)}{note}: loss {first['loss']:.4f} -> "
               f"{final['loss']:.4f}")
         before, after = ([r for r in evals if r["step"] == step][:1] for step in (0, final["step"]))
-        for key, name in (("accuracy", "sampled accuracy"), ("finish", "P(finish)"), ("mean_len", "mean length"),
-                          ("kl", "KL to the teacher, nats per token")):
-            values = [f"{r[key]:,.0f}" if key == "mean_len" else f"{r[key]:.3f}" for r in before + after if key in r]
+        for key, name, form in (
+                ("accuracy", "sampled accuracy", ".3f"), ("finish", "P(finish)", ".3f"),
+                ("mean_len", "mean length", ",.0f"), ("kl", "KL to the teacher, nats per token", ".3f")):
             if after and key in after[0]:
+                values = [format(r[key], form) for r in before + after if key in r]
                 print(f"  {name + ':':35}{' -> '.join(values)}")
         seconds = {part: sum(r[f"seconds_{part}"] for r in steps) for part in ("sample", "learn")}
         flop = sum(r[f"flop_{part}"] for r in steps for part in ("sample", "teacher", "student"))

@@ -31,7 +31,6 @@ def dense_loss(
     temperature=1.0,
     beta=0.5,
     top_k=64,
-    top_k_of="teacher",
     targets=None,
     stop_ids=(),
     vocab=None,
@@ -51,7 +50,7 @@ def dense_loss(
         rows = (p * (log_p - log_q)).sum(-1)
     elif loss == "topk_reverse_kl":
         k = min(top_k, z.shape[1])
-        kept = torch.zeros_like(z, dtype=torch.bool).scatter_(1, (t if top_k_of == "teacher" else z).topk(k).indices, 1)
+        kept = torch.zeros_like(z, dtype=torch.bool).scatter_(1, t.topk(k).indices, 1)
         rows = (p * (log_p - log_q)).where(kept, 0).sum(-1)
         if k < z.shape[1]:  # the bucket
             log_P, log_Q = (x.masked_fill(kept, -torch.inf).logsumexp(-1) for x in (log_p, log_q))

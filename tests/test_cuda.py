@@ -29,7 +29,7 @@ simulated = pytest.mark.skipif(real, reason="counts are the simulated device's")
 
 
 def reader(folder, where, dtype, vocab=TOKENIZER.vocab_size) -> Transformer:
-    return Transformer.for_reading(folder, torch.device(where), vocab, dtype)
+    return Transformer.frozen(folder, torch.device(where), vocab, dtype)
 
 
 def relative(a, b):
@@ -208,7 +208,7 @@ def test_running_out_of_memory_in_the_first_optimizer_step_is_explained(run, mon
             return clip(*args)
 
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", full)
-        with pytest.raises(InputError, match="out of memory in the optimizer's step.*--micro_tokens"):
+        with pytest.raises(InputError, match="out of memory in learning.*--micro_tokens"):
             typed(train, train.train, *run, "--steps", 1)
 
 

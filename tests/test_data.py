@@ -312,7 +312,7 @@ def test_after_a_wall_the_other_hop_is_tried_or_the_stage_is_left():
 def test_at_the_students_own_walls_the_teacher_turns_back():
     """Why the student writes: of the embedded pair."""
     tokenizer, rows, chances = Tokenizer(HERE / "hops/student"), load_jsonl(HERE / "hops/test.jsonl")[:40], []
-    student, teacher = (Transformer.for_reading(HERE / "hops" / name, torch.device("cpu"), tokenizer.vocab_size)
+    student, teacher = (Transformer.frozen(HERE / "hops" / name, torch.device("cpu"), tokenizer.vocab_size)
                         for name in ("student", "teacher"))
     prompts, back = [tokenizer.encode(row["prompt"]) for row in rows], tokenizer.encode("<")
     rollout = generate(student, prompts, 1024, tokenizer.stop_ids)

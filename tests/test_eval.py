@@ -21,7 +21,7 @@ def run(*flags) -> None:
 
 def evaluate(folder, rows, **options):
     tokenizer = Tokenizer(folder)
-    model, rows = Transformer.for_reading(folder, torch.device("cpu"), tokenizer.vocab_size), [dict(r) for r in rows]
+    model, rows = Transformer.frozen(folder, torch.device("cpu"), tokenizer.vocab_size), [dict(r) for r in rows]
     evaluation.encode_prompts(rows, tokenizer, 644, "--data chains")
     return evaluation.evaluate(model, tokenizer, rows, stop_ids=tokenizer.stop_ids, **options)
 

@@ -48,8 +48,8 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("stop_ids", [(), (3, 7, 9)])
 @pytest.mark.parametrize("scale", [1.0, 30.0])  # 30: peaked distributions, most probabilities are 0 in float64
-@pytest.mark.parametrize("chunk_rows, top_k, top_k_of", [(1, 5, "teacher"), (4, 5, "student"), (100, 100, "teacher")])
-def test_values_and_gradients_equal_dense_autograd(loss, stop_ids, scale, chunk_rows, top_k, top_k_of):
+@pytest.mark.parametrize("chunk_rows, top_k", [(1, 5), (4, 5), (100, 100)])
+def test_values_and_gradients_equal_dense_autograd(loss, stop_ids, scale, chunk_rows, top_k):
     hidden_s, head_s, hidden_t, head_t, targets, weights = make(scale=scale)
     targets[:3] = torch.tensor([3, 7, 9])
     weights[4:6] = 0
@@ -59,7 +59,6 @@ def test_values_and_gradients_equal_dense_autograd(loss, stop_ids, scale, chunk_
         "temperature": 0.7,
         "beta": 0.3,
         "top_k": top_k,
-        "top_k_of": top_k_of,
         "targets": targets,
         "stop_ids": stop_ids,
         "vocab": 19,
@@ -259,7 +258,7 @@ def test_sampled_kl_averages_to_the_exact_gradient():
     ({"loss": "jsd", "beta": 1.0}, "beta must lie strictly between"),
     ({"stop_ids": (2, 20)}, "stop_ids .* must lie below"),
     ({"temperature": 0}, "temperature must be positive, found 0"),
-    ({"top_k": 0}, "top_k must be at least 1 .* found 0 of 'teacher'"),
+    ({"top_k": 0}, "top_k must be at least 1, found 0"),
     ({"targets": torch.arange(11) * 2}, "targets must lie below the vocabulary of 20, found 0 to 20"),
     ({"vocab": 21}, "vocab must lie between 1 and 20.*found 21"),
 ])

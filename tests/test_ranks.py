@@ -21,7 +21,7 @@ from transformers import Qwen3Config
 import train
 from data import HERE, InputError
 from data.flags import parse_flags
-from data.ranks import full
+from data.ranks import full_tensor
 from data.run import read_log
 from data.tokenizer import Tokenizer
 from eval import Pair
@@ -90,7 +90,7 @@ def learn(out: Path, flags: dict, silent: int | None = None) -> None:
 
     def some_silent(*args):
         rollout = respond(*args)
-        mine = torch.arange(len(rollout.lens)) * train.world() + train.rank()  # rows of the batch
+        mine = torch.arange(len(rollout.lens)) * train.world_size() + train.rank()  # rows of the batch
         rollout.supervised[mine % 2 == silent] = 0
         return rollout
 
@@ -177,7 +177,7 @@ def test_a_number_of_a_sharded_gradient_is_one_ranks_part_until_it_is_full():
             (hidden @ model.head.T).square().mean().backward()
         whole = sum(float((2 * p.grad).square().sum()) for p in plain.parameters())  # two ranks have read the same row
         squares = [p.grad.square().sum() for p in sharded.parameters()]
-        return whole, sum(float(full(s)) for s in squares), sum(float(s) for s in squares)
+        return whole, sum(float(full_tensor(s)) for s in squares), sum(float(s) for s in squares)
 
     for whole, found, part in launch(2, norms):
         assert found == pytest.approx(whole, rel=1e-12) and part < 0.99 * whole

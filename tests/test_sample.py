@@ -93,7 +93,7 @@ def test_a_refreshed_copy_is_the_model_at_the_old_addresses(tied):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     (model(torch.arange(12).view(2, 6)) @ model.head.T).square().sum().backward()
     optimizer.step()
-    sampler.refresh(model)
+    sampler.copy_from(model)
     assert [p.data_ptr() for p in sampler.parameters()] == before
     tokens = torch.randint(0, 40, (3, 9))
     assert torch.equal(sampler(tokens), model.double()(tokens))

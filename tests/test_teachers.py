@@ -170,7 +170,7 @@ def test_data_may_bring_the_template_and_the_flag_overrides_it():
 def test_responses_stay_themselves_behind_other_prompts():
     rollout = Rollout.of([[1, 2], [3]], [[4, 5, 6], [7]], (6,))
     rollout.supervised = torch.tensor([[1, 3], [0, 1]])
-    seen = rollout.behind([[9], [8, 8, 8, 8]])
+    seen = rollout.with_prompts([[9], [8, 8, 8, 8]])
     for rows in rollout.micro_batches(100):
         _, _, targets, position = rollout.part(rows, "cpu")
         _, _, targets_seen, position_seen = seen.part(rows, "cpu")

@@ -100,6 +100,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Every token sees itself and what stands before it: (B, heads, T, D) -> (B, heads, T, D)."""
+    if q.is_cuda and q.dtype == torch.float32:  # there, no kernel takes grouped heads without a (T, T) matrix
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 

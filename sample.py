@@ -149,7 +149,7 @@ class KVCache:
         # Grouped heads: the query heads of a group stand as several positions, so that each key is read once.
         q = q.view(B, kv_heads, -1, D)
         y = F.scaled_dot_product_attention(q, keys[:B, :, : self.length], values[:B, :, : self.length], self.mask)
-        return y.view(B, -1, 1, D)
+        return y.reshape(B, -1, 1, D)  # no view: a GPU's kernels lay y out by (B, heads of a group, kv_heads, D)
 
     def move(self, to: int, source: int, length: int) -> None:
         for x in (self.k, self.v):
@@ -302,7 +302,8 @@ def next_tokens(
         inputs = [x.clone() for x in (tokens, positions, uniform)]
         run(*inputs)  # libraries set themselves up in their first call, which must not be recorded
         graph, others = torch.cuda.CUDAGraph(), list(model.graphs.values())
-        with torch.cuda.graph(graph, pool=others[0][0].pool() if others else None):  # scratch memory for all
+        pool = others[0][0].pool() if others else None  # scratch memory for all
+        with torch.cuda.device(tokens.device), torch.cuda.graph(graph, pool=pool):
             model.graphs[key] = graph, inputs, run(*inputs)
     graph, inputs, sampled = model.graphs[key]
     for x, new in zip(inputs, (tokens, positions, uniform)):

@@ -285,7 +285,8 @@ class Attention(torch.autograd.Function):
         def attend(q, k, v, mask):
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
             mask = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
-            return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
+            y, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
+            return y.transpose(1, 2).contiguous().transpose(1, 2), lse  # laid out by (B, T, heads, D) on a GPU
 
         out, lse = Gpu.current.kernel("attention", attend, q, k, v, mask)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -380,7 +381,7 @@ def fake_cuda(**options):
         "synchronize": lambda *a: gpu.wait("synchronize"),
         "memory_allocated": lambda *a: gpu.live, "max_memory_allocated": lambda *a: gpu.peak,
         "reset_peak_memory_stats": lambda *a: setattr(gpu, "peak", gpu.live), "empty_cache": lambda: None,
-        "CUDAGraph": Graph, "graph": Graph.capture,
+        "CUDAGraph": Graph, "graph": Graph.capture, "device": lambda *a: contextlib.nullcontext(),
     }
     patches = [mock.patch.object(torch.cuda, name, fake) for name, fake in cuda.items()]
     patches += [

@@ -261,6 +261,15 @@ def test_a_second_generate_meets_no_new_attention_shapes_and_records_no_new_grap
 
 
 @simulated
+@pytest.mark.parametrize("dtype, kernel", [(torch.float32, "efficient"), (torch.bfloat16, "flash")])
+def test_attention_has_a_kernel_that_makes_no_square_matrix(dtype, kernel):
+    with fake_cuda() as gpu:
+        model = reader(TEACHER, "cuda", dtype)
+        model(torch.zeros(2, 30, dtype=torch.long, device="cuda"))
+        assert gpu.sdpa and all(kernel in key[0] for key in gpu.sdpa)
+
+
+@simulated
 def test_launches_of_the_loss():
     def chunk(loss):
         """Launches that 256 rows more take."""

@@ -34,7 +34,7 @@ from data import InputError, embedded_model, fail, load_jsonl, plots, read_json,
 from data.answers import Verifier, extract_answer, is_correct, opens_thought
 from data.checkpoint import checkpoint_folder, load_config
 from data.flags import flag, parse_flags
-from data.ranks import all_gather, join, rank, world_size
+from data.ranks import all_gather, join, leave, rank, world_size
 from data.run import fingerprint, read_log
 from data.tokenizer import Tokenizer, as_trained, check_same
 from loss import distill_loss
@@ -77,15 +77,17 @@ def load_tokenizers(
     return ours, teachers, vocab, tuple(sorted(i for i in stop_ids if i < vocab))
 
 
+def teacher_template(config, rows: list[dict]) -> str:
+    """What --teacher_prompt says, or the data's own `teacher_prompt`, which the first row brings for all."""
+    return config.teacher_prompt or rows[0].get("teacher_prompt") or ""
+
+
 def encode_prompts(rows: list[dict], tokenizer: Tokenizer, vocab: int, where: str, template: str = "",
                    teacher_tokenizer: Tokenizer | None = None) -> None:
     """Add `prompt_ids` to rows, and `teacher_ids`, what a teacher reads before the response: the same ids, or a
-    template whose {fields} are the row's, rendered by the teacher's own tokenizer. Data may bring their own template,
-    as `teacher_prompt` of the rows. vocab: how many ids the models know. where: the flag that names the rows, for
-    messages.
+    template whose {fields} are the row's, rendered by the teacher's own tokenizer. vocab: how many ids the models know.
+    where: the flag that names the rows, for messages.
     """
-    if teacher_tokenizer and rows:
-        template = template or rows[0].get("teacher_prompt") or ""
     fields = re.findall(r"\{(\w+)\}", template)
     if template and not fields:
         raise InputError(f"--teacher_prompt {template!r}: expected the name of a row's field in it, such as {{prompt}}")
@@ -220,7 +222,7 @@ def score(
         tokens_t, at_t, _, _ = rollout.for_teacher.part(rows, teacher.device)
         hidden_s, hidden_t = student(tokens).flatten(0, 1)[at], teacher(tokens_t).flatten(0, 1)[at_t]
         _, found = distill_loss(
-            hidden_s, student.head, hidden_t.to(student.device), teacher.head.to(student.device),
+            hidden_s, student.head.detach(), hidden_t.to(student.device), teacher.head.to(student.device),
             temperature=temperature, targets=targets, vocab=student.vocab, stop_ids=stop_ids,
         )
         for name, x in {**found, "position": position}.items():
@@ -353,7 +355,8 @@ def load_models(config: Config, need: tuple[str, ...] = ("prompt",), with_teache
         folder, teacher, chat=config.chat, system=config.system, thinking=config.thinking,
         stop_tokens=config.stop_tokens) for folder in folders]
     tokenizer, teachers, vocab, stop_ids = agreed[0]
-    encode_prompts(rows, tokenizer, vocab, "--data", config.teacher_prompt if teacher else "", teachers)
+    template = teacher_template(config, rows) if teacher else ""
+    encode_prompts(rows, tokenizer, vocab, "--data", template, teachers)
     models = {path: Transformer.frozen(path, device, vocab) for path in paths}
     scorer = load_teacher(teacher, device, vocab) if teacher else None
     for model in filter(None, (*models.values(), scorer)):
@@ -375,8 +378,9 @@ def main(config: Config) -> None:
 
     def keep(records: list[dict]) -> None:
         if file is not None:
-            with open(file, "a", encoding="utf-8") as f:
-                f.writelines(json.dumps({k: v for k, v in r.items() if k != "ids"}) + "\n" for r in records)
+            lines = "".join(json.dumps({k: v for k, v in r.items() if k != "ids"}) + "\n" for r in records)
+            with open(file, "ab", buffering=0) as f:  # in one piece: other ranks write, too
+                f.write(lines.encode())
 
     found, records = evaluate(
         model, tokenizer, rows, max_new_tokens=config.max_new_tokens, stop_ids=stop_ids,
@@ -396,6 +400,7 @@ def main(config: Config) -> None:
         text = json.dumps({"config": asdict(config), "summary": found}, indent=1)
         Path(config.out).write_text(text + "\n", encoding="utf-8")
         print(f"written: {config.out}, and response by response {file}")
+    leave()
 
 
 def check_out(out: str, suffix: str) -> None:

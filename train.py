@@ -34,10 +34,10 @@ from tqdm import tqdm
 from data import HERE, InputError, embedded_model, load_jsonl, out_of_memory, resolve, run_command
 from data.checkpoint import checkpoint_folder, head_dim_of, load_config
 from data.flags import check_flags, flag, parse_flags
-from data.ranks import all_gather, all_reduce, full_tensor, join, rank, world_size
+from data.ranks import all_gather, all_reduce, full_tensor, join, leave, rank, world_size
 from data.run import Run, claim, fingerprint, restore_flags
 from data.tokenizer import Clock, check_rendering
-from eval import Pair, by_position, encode_prompts, evaluate, load_tokenizers, preflight, score
+from eval import Pair, by_position, encode_prompts, evaluate, load_tokenizers, preflight, score, teacher_template
 from loss import CHUNK_ROWS, LOSSES, distill_loss
 from model import Transformer, choose_device, count_flops, count_parameters, default_dtype, load_teacher, shard
 from sample import MAX_SLOTS, Rollout, fit_cap, generate, shorten
@@ -213,8 +213,11 @@ def load_pair(config: Config, resume_from: Path | None) -> Pair:
 
 def prepare_prompts(config: Config, rows: list[dict], test: list[dict], pair: Pair) -> None:
     """Add the ids of prompts (and solutions) to the rows; both models must have room for what will be written."""
-    for some, where in ((rows, "--data"), (test, "--eval_data" if config.eval_data else "--data")):
-        encode_prompts(some, pair.tokenizer, pair.vocab, where, config.teacher_prompt, pair.teacher_tokenizer)
+    template = teacher_template(config, rows) if pair.teacher is not None else ""
+    encode_prompts(rows, pair.tokenizer, pair.vocab, "--data", template, pair.teacher_tokenizer)
+    template = template if config.eval_kl else ""  # else the teacher reads no held-out problem
+    where = "--eval_data" if config.eval_data else "--data"
+    encode_prompts(test, pair.tokenizer, pair.vocab, where, template, pair.teacher_tokenizer)
     for tokenizer in filter(None, (pair.tokenizer, pair.teacher_tokenizer)):
         check_rendering(tokenizer, [row["prompt"] for row in rows[:8]])
     if config.rollout == "data":
@@ -359,6 +362,7 @@ def train(config: Config) -> None:
     try:
         with claim(config):  # no other run may write to --out_dir meanwhile
             distill(config, resume_from)
+        leave()
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -513,8 +517,7 @@ def examine(pair: Pair, test: list[dict], config: Config, run: Run) -> None:
             said += f"; the first {prefix_len:,} tokens hold {record['kl_in_prefix']:.0%} of it"
         flops = step_flops(pair, rollout, config)  # but for sampling, which is one forward: a third of learning
         record["flop_per_whole_response"] = (sum(flops.values()) + flops["flop_student"] / 3) / len(rollout.lens)
-    if pair.sampler.graphs is None:  # which go by its addresses
-        pair.sampler.cache = None  # larger than a training step's
+    pair.sampler.cache = None  # larger than a training step's
     run.write({"step": run.step, "eval": "sampled", **record, "seconds": time.perf_counter() - start})
     print(f"step {run.step}, {len(test)} held-out problems: {said}\nits response to the first:\n"
           f"{shorten(answers[0]['response'], 12)}", flush=True)

@@ -1,6 +1,5 @@
 """The processes that train one model together, as torchrun starts them. Alone, a process is rank 0 of 1."""
 
-import atexit
 import os
 import sys
 
@@ -13,9 +12,14 @@ def join() -> None:
     """Meet the other processes that torchrun started. From here on only rank 0 prints."""
     if dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        atexit.register(dist.destroy_process_group)
         if rank():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def leave() -> None:
+    """Part from them, when the work is done. A rank that fails does not: it would wait for the others."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -154,17 +154,15 @@ def test_braces_of_a_rows_own_text_stay():
     assert tokenizer.decode(rows[0]["teacher_ids"]) == "{prompt} \\boxed{}\nDan=5\n{}"
 
 
-def test_data_may_bring_the_template_and_the_flag_overrides_it():
-    tokenizer, read = Tokenizer(STUDENT), {}
-    for name, template, teachers in ("own", "", tokenizer), ("typed", "{prompt}", tokenizer), ("none", "", None):
-        rows = [{"prompt": "Dan=5\n", "answer": "5", "teacher_prompt": "{answer}\n{prompt}"}]
-        encode_prompts(rows, tokenizer, 644, "--data", template, teachers)
-        read[name] = tokenizer.decode(rows[0]["teacher_ids"])
-        assert tokenizer.decode(rows[0]["prompt_ids"]) == "Dan=5\n"
-    assert read == {"own": "5\nDan=5\n", "typed": "Dan=5\n", "none": "Dan=5\n"}
-    rows = [{"prompt": "Dan=5\n", "teacher_prompt": None}]  # as a table's empty cell is written
-    encode_prompts(rows, tokenizer, 644, "--data", "", tokenizer)
-    assert rows[0]["teacher_ids"] == rows[0]["prompt_ids"]
+def test_data_may_bring_the_template_which_held_out_problems_follow_and_the_flag_overrides(tmp_path):
+    rows = load_jsonl(HERE / "chains/train.jsonl")[:8]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row | {"teacher_prompt": HINT}) + "\n" for row in rows))
+    (tmp_path / "null.jsonl").write_text("".join(json.dumps(row | {"teacher_prompt": None}) + "\n" for row in rows))
+    for name, template in ("own", ""), ("null", HINT), ("own", "{prompt}"), ("null", ""):  # null: a table's empty cell
+        run(*TINY, "--steps", "1", "--data", tmp_path / f"{name}.jsonl", "--student", STUDENT, "--teacher", TEACHER,
+            "--eval_data", "chains", "--teacher_prompt", template, "--out_dir", tmp_path / f"{name}{len(template)}")
+    assert log(tmp_path / "own0") == log(tmp_path / f"null{len(HINT)}") != log(tmp_path / "null0")
+    assert log(tmp_path / "null0") == log(tmp_path / f"own{len('{prompt}')}")
 
 
 def test_responses_stay_themselves_behind_other_prompts():

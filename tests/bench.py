@@ -13,6 +13,7 @@ import contextlib
 import gc
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -21,7 +22,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
@@ -31,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train
-from data.run import read_log
+from data.run import Run, read_log
 from data.tokenizer import Tokenizer
 from loss import distill_loss
 from model import Transformer, choose_device, count_flops, count_parameters
@@ -267,6 +270,7 @@ QWEN3 = {"vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128, "max_
          "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 QWEN3_SIZES = {"0.6B": (1024, 3072, 28, 16), "1.7B": (2048, 6144, 28, 16), "8B": (4096, 12_288, 36, 32)}
 TINY = bool(os.environ.get("CARD_TINY"))  # models of a few thousand weights, for a run on a simulated device
+REAL_IDS = 701 if TINY else 151_669  # of a Qwen3 vocabulary's rows; the rest is padding
 GOALS = {"decode 64 rows, graphs, share of bandwidth": 0.6, "loss, TFLOP/s": 280, "student, MFU": 0.4}
 
 
@@ -302,38 +306,62 @@ def on_clock(repeat: int, function, *arguments) -> float:
 
 
 def bench_gpu() -> None:
-    """Each part prints its numbers when it is done, for people and as a line of JSON."""
+    """Numbers are printed as they come, for people, and for each part as a line of JSON."""
     choose_device("cuda")
     card, found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}, {}
     print(*card.values(), "; MFU and shares are of the rates of the product and the copy")
-    for part in (limits_of_card, sampling_on_card, learning_on_card, loss_on_card, step_on_card):
-        start = time.perf_counter()
+    for part in (limits_of_card, decoding_on_card, sampling_on_card, learning_on_card, loss_on_card, step_on_card):
+        start, new = time.perf_counter(), {}
         try:
-            new = part(found)
+            for name, x in part(found):
+                new[name] = found[name] = x
+                goal = f"   goal: at least {GOALS[name]}" if name in GOALS else ""
+                print(f"  {name:50} {x:12,.4g}{goal}", flush=True)
         except Exception:  # the others may run  # noqa: BLE001
             traceback.print_exc(file=sys.stdout)
-            new = {}
-        for name, x in new.items():
-            print(f"  {name:45} {x:12,.4g}" + (f"   goal: at least {GOALS[name]}" if name in GOALS else ""))
-        found |= new
-        print(json.dumps(card | new | {f"seconds of {part.__name__}": time.perf_counter() - start}), flush=True)
+        finally:
+            print(json.dumps(card | new | {f"seconds of {part.__name__}": time.perf_counter() - start}), flush=True)
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def limits_of_card(found: dict) -> dict[str, float]:
+def limits_of_card(found: dict) -> Iterator[tuple[str, float]]:
     """What a large copy (read and written) and a large product reach."""
     n, m = (2**10, 2**6) if TINY else (2**30, 2**13)
     a, b = torch.zeros(2, n, device="cuda", dtype=torch.bfloat16)
     c = torch.randn(m, m, device="cuda").bfloat16()
-    return {"copy, GB/s": 4 * n / on_clock(20, a.copy_, b) / 1e9,
-            "product, TFLOP/s": 2 * m**3 / on_clock(20, torch.mm, c, c) / 1e12}
+    yield "copy, GB/s", 4 * n / on_clock(20, a.copy_, b) / 1e9
+    yield "product, TFLOP/s", 2 * m**3 / on_clock(20, torch.mm, c, c) / 1e12
 
 
-def sampling_on_card(found: dict) -> dict[str, float]:
+def decoding_on_card(found: dict) -> Iterator[tuple[str, float]]:
+    """Reading a row token by token with the cache against reading it whole; graphs against none, with fresh inputs."""
+    rows, P, T = (2, 5, 12) if TINY else (8, 200, 264)
+    llama = {"hidden_size": 72, "intermediate_size": 96, "vocab_size": 704} if TINY else {}
+    for config in (qwen3("1.7B", layers=6), LlamaConfig(**SMOLLM2 | llama, num_hidden_layers=6)):
+        for dtype in (torch.float32, torch.bfloat16):
+            words = f"{config.model_type}, {dtype}".replace("torch.", "")
+            model = on_card(config, dtype).requires_grad_(False)
+            tokens, at = torch.randint(500, (rows, T), device="cuda"), torch.full((rows,), P, device="cuda")
+            whole, cache = model(tokens)[:, -1].double(), cache_for(model, rows, T)
+            cache.write_prompts(torch.arange(rows, device="cuda"))
+            model(tokens[:, :P], cache=cache)
+            for t in range(P, T):
+                cache.write_at(at + (t - P), cache.k.shape[3])
+                last = model(tokens[:, t : t + 1], (at + (t - P))[:, None], cache)[:, 0]
+            yield f"decode, error, {words}", float((last.double() - whole).norm() / whole.norm())
+            uniform, drawn = torch.rand(3, rows, device="cuda", dtype=torch.float64), []
+            for model.graphs in (None, {}):  # what is recorded is started again, on other tokens
+                drawn += [torch.stack([next_tokens(model, tokens[:, i], at + i, uniform[i], cache.k.shape[3],
+                                                   (1.0, None, None)).clone() for i in range(3)])]
+            yield f"graphs, error, {words}", float((drawn[0] != drawn[1]).double().mean())
+
+
+def sampling_on_card(found: dict) -> Iterator[tuple[str, float]]:
     """Of the 1.7B shape: decode steps in the middle of a response, and the reading of prompts."""
-    config, new = qwen3("1.7B"), {}
+    config, rate = qwen3("1.7B"), found.get("product, TFLOP/s", math.nan) * 1e12
     model, length, weights = on_card(config, torch.bfloat16), 64 if TINY else 768, 2 * count_parameters(config)
+    model.vocab = REAL_IDS
     for rows in (64, 8, 1):
         cache = cache_for(model, rows, length)
         moved = weights + 2 * 2 * cache.k[:, :rows, :, :length].numel()
@@ -342,16 +370,18 @@ def sampling_on_card(found: dict) -> dict[str, float]:
         for graphs, words in ((None, ""), ({}, ", graphs")):
             model.graphs = graphs
             taken = on_clock(20, next_tokens, model, token, at, uniform, length, (1.0, None, None))
-            new[f"decode {rows} rows{words}, tokens/s"] = rows / taken
-            new[f"decode {rows} rows{words}, share of bandwidth"] = moved / taken / found["copy, GB/s"] / 1e9
+            yield f"decode {rows} rows{words}, tokens/s", rows / taken
+            share = moved / taken / found.get("copy, GB/s", math.nan) / 1e9
+            yield f"decode {rows} rows{words}, share of bandwidth", share
     b, T = (2, 32) if TINY else (64, 256)
     tokens, read = torch.randint(500, (b, T), device="cuda"), torch.full((b,), T)
     cache.write_prompts(torch.arange(b, device="cuda"))
-    taken, work = on_clock(5, model.forward, tokens, None, cache), count_flops(config, read, 0)
-    return new | {"prefill, tokens/s": b * T / taken, "prefill, MFU": work / taken / found["product, TFLOP/s"] / 1e12}
+    taken = on_clock(5, model.forward, tokens, None, cache)
+    yield "prefill, tokens/s", b * T / taken
+    yield "prefill, MFU", count_flops(config, read, 0) / taken / rate
 
 
-def learning_on_card(found: dict) -> dict[str, float]:
+def learning_on_card(found: dict) -> Iterator[tuple[str, float]]:
     """The two forwards of learning and the student's backward, without heads: 1.7B from 8B."""
     b, T = (2, 32) if TINY else (4, 1280)
     tokens, read = torch.randint(500, (b, T), device="cuda"), torch.full((b,), T)
@@ -362,48 +392,58 @@ def learning_on_card(found: dict) -> dict[str, float]:
             hidden = student(tokens)
         hidden.backward(hidden.detach())
 
-    rate = found["product, TFLOP/s"] * 1e12
-    return {"teacher, MFU": count_flops(teacher.config, read, 0) / on_clock(5, teacher, tokens) / rate,
-            "student, MFU": 3 * count_flops(student.config, read, 0) / on_clock(5, learn) / rate}
+    rate = found.get("product, TFLOP/s", math.nan) * 1e12
+    yield "teacher, MFU", count_flops(teacher.config, read, 0) / on_clock(5, teacher, tokens) / rate
+    yield "student, MFU", 3 * count_flops(student.config, read, 0) / on_clock(5, learn) / rate
 
 
-def loss_on_card(found: dict) -> dict[str, float]:
-    """The reverse KL of 4,096 rows at the heads of 1.7B and 8B; its gradient of 64 rows against float64."""
+def loss_on_card(found: dict) -> Iterator[tuple[str, float]]:
+    """The reverse KL of 4,096 rows at the heads of 1.7B and 8B, of all ids and of those that are tokens, an odd number;
+    value and gradient of 64 rows against float64."""
     n, (v, h, h_t) = (128, (704, 64, 128)) if TINY else (4096, (151_936, 2048, 4096))
     made = [torch.randn(*size, device="cuda").mul_(scale).bfloat16()
             for size, scale in (((n, h), 1), ((v, h), 3 / h**0.5), ((n, h_t), 1), ((v, h_t), 3 / h_t**0.5))]
 
-    def gradients(hidden, head, hidden_t, head_t) -> list[torch.Tensor]:
+    def differentiate(hidden, head, hidden_t, head_t, vocab=REAL_IDS) -> list[torch.Tensor]:
         leaves = [hidden.detach().requires_grad_(), head.detach().requires_grad_()]
-        distill_loss(*leaves, hidden_t, head_t)[0].backward()
-        return [x.grad for x in leaves]
+        loss = distill_loss(*leaves, hidden_t, head_t, vocab=vocab)[0]
+        loss.backward()
+        return [loss.detach(), *(x.grad for x in leaves)]
 
-    taken = on_clock(5, gradients, made[0], made[1].float(), *made[2:])
+    for ids, words in ((v, ""), (REAL_IDS, f", {REAL_IDS} ids")):
+        taken = on_clock(5, differentiate, made[0], made[1].float(), *made[2:], ids)
+        yield f"loss{words}, TFLOP/s", 2 * n * ids * (3 * h + h_t) / taken / 1e12
     few = [made[0][:64], made[1].float(), made[2][:64], made[3]]
-    errors = [float((x.double() - y).norm() / y.norm())
-              for x, y in zip(gradients(*few), gradients(*(x.double() for x in few)))]
-    return {"loss, TFLOP/s": 2 * n * v * (3 * h + h_t) / taken / 1e12,
-            **{f"loss, error of the gradient of the {name}": x for name, x in zip(("hidden states", "head"), errors)}}
+    for name, x, y in zip(("value", "gradient of the hidden states", "gradient of the head"),
+                          differentiate(*few), differentiate(*(x.double() for x in few))):
+        yield f"loss, error of the {name}", float((x.double() - y).norm() / y.norm())
 
 
-def step_on_card(found: dict) -> dict[str, float]:
-    """A few steps of training, 0.6B from 1.7B: speed, and peak memory against --plan."""
+def step_on_card(found: dict) -> Iterator[tuple[str, float]]:
+    """A few steps of training, 0.6B from 1.7B, without and with graphs: speed, and peak memory against --plan."""
     steps, batch, cap = (1, 2, 4) if TINY else (3, 16, 512)
     with tempfile.TemporaryDirectory() as folder:
         for name, shape, dtype in (("student", "0.6B", torch.float32), ("teacher", "1.7B", torch.bfloat16)):
             on_card(qwen3(shape), dtype).save_pretrained(Path(folder) / name)
-            wide_tokenizer(Path(folder) / name, qwen3(shape).vocab_size)
-        config = train.Config(
-            student=f"{folder}/student", teacher=f"{folder}/teacher", data="chains", prefix_len=cap, batch_size=batch,
-            max_new_tokens=cap, steps=steps, lr=1e-6, eval_problems=0, eval_kl=0, out_dir=f"{folder}/run",
-            device="cuda")
-        with contextlib.redirect_stdout(io.StringIO()):
-            planned = max(train.plan(config).values())
-        train.train(config)
-        records = read_log(Path(folder) / "run/log.jsonl")
-    taken, tokens = min((r["seconds_sample"] + r["seconds_learn"], r["tokens"]) for r in records)
-    return {"step, seconds": taken, "step, tokens/s": tokens / taken,
-            "step, peak memory of what --plan says": max(r["peak_memory"] for r in records) / planned}
+            wide_tokenizer(Path(folder) / name, REAL_IDS)
+        for graphs, words in ((False, ""), (True, ", graphs")):
+            config = train.Config(
+                student=f"{folder}/student", teacher=f"{folder}/teacher", data="chains", prefix_len=cap,
+                batch_size=batch, max_new_tokens=cap, steps=steps, lr=1e-6, eval_problems=0, eval_kl=0,
+                out_dir=f"{folder}/run{graphs}", device="cuda", compile=graphs)
+            with contextlib.redirect_stdout(io.StringIO()):
+                planned = max(train.plan(config).values())
+            gc.collect()
+            torch.cuda.reset_peak_memory_stats()
+            with (mock.patch.object(Run, "save", lambda self: None),  # 7 GB
+                  mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1")):
+                train.train(config)
+            last = read_log(Path(folder) / f"run{graphs}/log.jsonl")[-1]
+            yield f"step{words}, seconds sampling", last["seconds_sample"]
+            yield f"step{words}, seconds scoring and learning", last["seconds_learn"]
+            yield f"step{words}, tokens/s", last["tokens_per_s"]
+            peak = max(r["peak_memory"] for r in read_log(Path(folder) / f"run{graphs}/log.jsonl"))
+            yield f"step{words}, peak memory of what --plan says", peak / planned
 
 
 if __name__ == "__main__":

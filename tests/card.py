@@ -1,5 +1,6 @@
 """The table of tests/card.sh and a line of JSON, from the files it left in a folder:  python tests/card.py OUT"""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -8,7 +9,11 @@ from statistics import median
 
 def records(file: Path) -> list[dict]:
     """The JSON objects among the lines of a file."""
-    return [json.loads(line) for line in file.read_text().splitlines() if line[:1] + line[-1:] == "{}"]
+    found = []
+    for line in file.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            found += [json.loads(line)] if line.startswith("{") else []
+    return found
 
 
 def summary(log: list[dict]) -> dict:
@@ -20,6 +25,7 @@ def summary(log: list[dict]) -> dict:
         seconds, late = [r["seconds_sample"] + r["seconds_learn"] for r in steps], len(steps) // 2
         found |= {"loss": [steps[0]["loss"], steps[-1]["loss"]], "seconds of the first step": seconds[0],
                   "seconds per step": median(seconds[late:]),
+                  "seconds sampling": median(r["seconds_sample"] for r in steps[late:]),
                   "tokens/s": median(r["tokens_per_s"] for r in steps[late:]),
                   "peak memory, GB": max(r["peak_memory"] for r in steps) / 1e9}
     return found
@@ -28,7 +34,11 @@ def summary(log: list[dict]) -> dict:
 def main(out: Path) -> None:
     texts = {file.stem: file.read_text(errors="replace").strip() for file in sorted(out.glob("*.txt"))}
     found = {"tests": texts["tests"].split("\n")[-1]} if "tests" in texts else {}
-    found |= {file.parent.name: summary(records(file)) for file in sorted(out.glob("*/log.jsonl"))}
+    logs = {file.parent.name: records(file) for file in sorted(out.glob("*/log.jsonl"))}
+    found |= {name: summary(log) for name, log in logs.items()}
+    if "resumed" in logs:  # the last step of both, which is the same where a run is resumed bit for bit
+        one, other = ([r for r in logs[name] if "loss" in r][-1] for name in ("plain", "resumed"))
+        found["plain less resumed"] = {key: one[key] - other[key] for key in ("step", "loss", "grad_norm")}
     if "bench" in texts:
         found["bench"] = {key: x for part in records(out / "bench.txt") for key, x in part.items()}
     print(texts.get("versions", ""), texts.get("parts", ""), sep="\n\n")

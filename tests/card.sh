@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # The first quarter of an hour with a GPU:    bash tests/card.sh OUT
 #
-# For a machine with one NVIDIA GPU, torch with CUDA and transformers 5; nothing is installed or downloaded. Each part
-# has its own time limit, eight minutes in all, and writes to files in OUT as it goes; one that fails or is cut off does
-# not stop the next. At the end a table and a line of JSON, from those files.
-#   tests       those that need a card, and the method's
-#   plain ...   the first command in bfloat16, the same with --compile, and meanwhile on the CPU, to compare with
-#   bench       tests/bench.py gpu
-#   smollm2     where OUT/../model is a checkpoint folder of SmolLM2 and OUT/../gsm8k.jsonl holds prompts: a student
-#               pruned from it learns from the whole
+# For a machine with one NVIDIA GPU and what requirements.txt names; nothing is installed or downloaded. Each part has
+# its own time limit, eight minutes in all, and writes to files in OUT as it goes; one that fails or is cut off does not
+# stop the next. After each, OUT.tgz is made anew. At the end a table and a line of JSON, from those files.
+#   tests       those that need a card
+#   plain       the first command in bfloat16; meanwhile it runs on the CPU, to compare with
+#   resumed     its last step once more, from the checkpoint before it: bit for bit?
+#   bench       tests/bench.py gpu: real shapes, random weights
+#   graphs      the first command with CUDA graphs and no compiler
+#   compiled    and with both: --compile
 # PYTHON names an interpreter. CARD_TINY=1 does it all on the simulated device, in a reduced size.
 set -u
 out=$(realpath -m "${1:?usage: bash tests/card.sh OUT}")
@@ -17,19 +18,19 @@ mkdir -p "$out"
 export PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 card=("$python")
-drop=12,13,14,15,16,17
 small=()
 times=1
-threads=8
-checks=(tests/test_cuda.py tests/test_method.py)
+threads=4
+checks=(-v -n 4 --dist load tests/test_cuda.py)
 if [ -n "${CARD_TINY:-}" ]; then
     export TORCHDYNAMO_DISABLE=1 # the simulated device has no compiler
     card=("$python" -m tests.fake_cuda)
-    drop=1
     times=9
     threads=1
-    small=(--steps 1 --batch_size 1 --prefix_len 4 --eval_problems 1 --eval_kl 1 --max_new_tokens 4)
-    checks=(--collect-only tests/test_card.py)
+    small=(--steps 2 --batch_size 1 --prefix_len 4 --eval_problems 1 --eval_kl 1 --max_new_tokens 4)
+    checks=(-q --collect-only tests/test_card.py)
+elif ! "$python" -c "import torch; torch.zeros(1, device='cuda')"; then
+    echo "no CUDA device that torch can use" && exit 1
 fi
 
 part() { # NAME SECONDS COMMAND...: what it prints goes to OUT/NAME.txt
@@ -38,6 +39,7 @@ part() { # NAME SECONDS COMMAND...: what it prints goes to OUT/NAME.txt
     echo "$name: $*"
     timeout --signal=INT --kill-after=10 "$limit" "$@" > "$out/$name.txt" 2>&1
     echo "$name: status $?, $((SECONDS - start)) of $limit s" | tee -a "$out/parts.txt"
+    [ "$name" = cpu ] || tar czf "$out.tgz" --exclude 'step_*' -C "$out" .
 }
 
 {
@@ -51,16 +53,16 @@ for name in ("torch", "transformers", "triton", "math-verify"):
 
 first=(train.py --prefix_len 1024 --steps 10 --overwrite "${small[@]}")
 OMP_NUM_THREADS=$threads part cpu 300 "$python" "${first[@]}" --device cpu --out_dir "$out/cpu" &
-part tests 100 "$python" -m pytest -q "${checks[@]}"
-part plain 55 "${card[@]}" "${first[@]}" --out_dir "$out/plain"
-part compiled 115 "${card[@]}" "${first[@]}" --out_dir "$out/compiled" --compile
-part bench 135 "${card[@]}" tests/bench.py gpu
-if [ -f "$out/../model/config.json" ] && [ -f "$out/../gsm8k.jsonl" ]; then
-    [ -d "$out/../pruned" ] || part prune 15 "$python" data/prune.py "$out/../model" "$out/../pruned" --drop "$drop"
-    part smollm2 60 "${card[@]}" train.py --student "$out/../pruned" --teacher "$out/../model" --lr 1e-4 \
-        --data "$out/../gsm8k.jsonl" --prefix_len 128 --batch_size 64 --steps 40 --warmup 5 --eval_problems 0 --eval_kl 0 \
-        --out_dir "$out/smollm2" --overwrite "${small[@]}"
+part tests 90 "$python" -m pytest "${checks[@]}"
+part plain 55 "${card[@]}" "${first[@]}" --device cuda --out_dir "$out/plain" --save_every 1 # the last two stay
+if [ -d "$out/plain" ]; then
+    rm -rf "$out/resumed" && cp -r "$out/plain" "$out/resumed" && rm -r "$(ls -d "$out"/resumed/step_* | tail -1)"
+    part resumed 35 "${card[@]}" train.py --resume --out_dir "$out/resumed"
 fi
+part bench 160 "${card[@]}" tests/bench.py gpu
+TORCHDYNAMO_DISABLE=1 part graphs 40 "${card[@]}" "${first[@]}" --device cuda --out_dir "$out/graphs" --compile
+part compiled 100 "${card[@]}" "${first[@]}" --device cuda --out_dir "$out/compiled" --compile
 wait
 rm -rf "$out"/*/step_* # checkpoints; what was found is small enough to take home
 "$python" tests/card.py "$out" | tee "$out/table.txt"
+tar czf "$out.tgz" -C "$out" .

@@ -382,10 +382,12 @@ def fake_cuda(**options):
         "memory_allocated": lambda *a: gpu.live, "max_memory_allocated": lambda *a: gpu.peak,
         "reset_peak_memory_stats": lambda *a: setattr(gpu, "peak", gpu.live), "empty_cache": lambda: None,
         "CUDAGraph": Graph, "graph": Graph.capture, "device": lambda *a: contextlib.nullcontext(),
+        "is_current_stream_capturing": lambda: False,
     }
     patches = [mock.patch.object(torch.cuda, name, fake) for name, fake in cuda.items()]
     patches += [
         mock.patch.object(Gpu, "current", gpu),
+        mock.patch.object(torch.accelerator, "current_accelerator", lambda *a, **k: None),  # asked for by optimizers
         mock.patch.object(F, "scaled_dot_product_attention", attention(F.scaled_dot_product_attention)),
         mock.patch.object(F, "rms_norm", lambda x, shape, weight=None, eps=None: (
             Norm.apply(x, weight, eps) if isinstance(x, CudaTensor) else rms_norm(x, shape, weight, eps))),

@@ -60,7 +60,8 @@ def test_the_loss_is_that_of_the_cpu(kind, dtype, tolerance):
     assert real or gpu.live == 0  # nothing is kept
     assert max(map(relative, found[:2], expected)) < tolerance
     for name, x in expected[2].items():
-        assert torch.allclose(found[2][name], x, rtol=1e-5, atol=1e-5), name
+        atol = 1e-4 if (name, kind) == ("loss", "sampled_kl") else 1e-5  # a product with a small difference
+        assert torch.allclose(found[2][name], x, rtol=1e-5, atol=atol), name
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-6), (torch.bfloat16, 6e-2)])
@@ -305,14 +306,14 @@ def test_waits_and_products_of_a_micro_batch(run, capsys):
     assert sum(more.values()) / 3 <= 8, more
 
 
-@simulated
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_plan_foresees_the_peak(recompute, tmp_path, capsys):
     """Qwen3-1.7B from 8B, batch 64, prefix 1,024: the peaks of sampling and of a micro-batch, when gradients and both
     moments are there."""
     qwen3("1.7B").save_pretrained(tmp_path / "student")
     qwen3("8B").save_pretrained(tmp_path / "teacher")
-    with fake_cuda(shapes=True) as gpu:
+    with contextlib.nullcontext() if real else fake_cuda(shapes=True):
+        choose_device("cuda")
         planned = train.plan(train.Config(
             student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), batch_size=64, max_new_tokens=1024,
             recompute=recompute)).values()
@@ -321,20 +322,20 @@ def test_the_plan_foresees_the_peak(recompute, tmp_path, capsys):
         student.recompute, sampler.vocab = recompute, REAL_IDS
         moments = [torch.zeros_like(p) for p in student.parameters() for _ in range(2)]
         cache_for(sampler, 64, 64 + 1024)
-        gpu.reset()
+        torch.cuda.reset_peak_memory_stats()
         generate(sampler, [[5] * 64] * 64, 2, (2, 3))
-        peaks = [gpu.peak]
+        peaks = [torch.cuda.max_memory_allocated()]
         for p in student.parameters():
             p.grad = torch.zeros_like(p)
         tokens = torch.full((7, 64 + 1024), 7, device="cuda")
         mask = torch.arange(64 + 1023, device="cuda").expand(7, -1) >= 63
-        gpu.reset()
+        torch.cuda.reset_peak_memory_stats()
         hidden_t = teacher(tokens[:, :-1])[mask]
         with torch.autocast("cuda", dtype=torch.bfloat16):
             hidden = student(tokens[:, :-1])[mask].to(torch.bfloat16)
         distill_loss(hidden, student.head, hidden_t, teacher.head, targets=tokens[:, 1:][mask], vocab=REAL_IDS,
                      stop_ids=(2, 3))[0].backward()
-        peaks.append(gpu.peak)
+        peaks.append(torch.cuda.max_memory_allocated())
         assert len(moments) == 2 * len(list(student.parameters()))
     assert peaks == pytest.approx([*planned], rel=0.15)
 

@@ -244,19 +244,21 @@ class Transformer(nn.Module):
         folder, weights = checkpoint_folder(path), {}
         config = load_config(folder)
         for file in weight_files(folder):
-            with reading(file), safe_open(file, framework="pt", device=str(device)) as tensors:
-                weights |= {name: tensors.get_tensor(name).to(dtype) for name in tensors.keys()  # noqa: SIM118
-                            if not name.endswith("rotary_emb.inv_freq")}  # in some old Llama checkpoints
+            with reading(file), safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    if not name.endswith("rotary_emb.inv_freq"):  # in some old Llama checkpoints
+                        weights[name] = tensors.get_tensor(name).to(device).to(dtype)
         # Some tied checkpoints store the shared matrix twice. Where the two differ, they are not tied.
-        if config.tie_word_embeddings and "lm_head.weight" in weights:
-            if torch.equal(weights["lm_head.weight"], weights.get("model.embed_tokens.weight", torch.zeros(0))):
+        head, embedding = (weights.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+        if config.tie_word_embeddings and head is not None:
+            config.tie_word_embeddings = embedding is not None and torch.equal(head, embedding)
+            if config.tie_word_embeddings:
                 del weights["lm_head.weight"]
-            else:
-                config.tie_word_embeddings = False
         with torch.device("meta"):
             model = cls(config)
         with reading(folder):  # torch names the tensors that are missing, unknown or of another shape
             model.load_state_dict(weights, assign=True)
+        model.frequencies = model.frequencies.to(device)
         for name, weight in weights.items():
             if not weight.isfinite().all():
                 raise InputError(f"{path}: {name} is not finite: the run that wrote it failed, or the file is damaged")

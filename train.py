@@ -419,7 +419,8 @@ def distill(config: Config, resume_from: Path | None) -> None:
                 hidden_t = head_t = None
                 if config.scored:
                     tokens_t, at_t, _, _ = rollout.for_teacher.part(its_rows, teacher.device)  # (b, T-1), (n,)
-                    hidden_t = teacher(tokens_t).flatten(0, 1)[at_t].to(device)  # (n, H_t)
+                    with torch.no_grad():
+                        hidden_t = teacher(tokens_t).flatten(0, 1)[at_t].to(device)  # (n, H_t)
                     head_t = teacher.head.to(device)
 
                 # 3. learn: a token weighs 1 / (supervised tokens of the step), however the step is split

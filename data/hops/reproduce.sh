@@ -11,13 +11,15 @@ other="--student data/hops/student --eval_data data/hops/test.jsonl --data data/
 
 at_most_two() { while [ $(jobs -rp | wc -l) -ge 2 ]; do sleep 1; done; }
 
+steps=20
+
 run() {  # name, then flags
     name=$1; shift
     for seed in 1 2 3; do
         folder=$to/${name}_seed$seed
-        grep -qs "after 20 steps" $folder.txt && continue
+        grep -qs "after $steps steps" $folder.txt && continue
         at_most_two
-        python train.py --seed $seed --steps 20 --eval_every 5 --max_new_tokens 1024 --out_dir $folder --overwrite "$@" \
+        python train.py --seed $seed --steps $steps --eval_every 5 --max_new_tokens 1024 --out_dir $folder --overwrite "$@" \
             > $folder.txt 2>&1 &
     done
 }
@@ -45,6 +47,11 @@ run jsd64 --prefix_len 64 --loss jsd $ends
 run whole_2.5e-4 --prefix_len 1024 --lr 2.5e-4 $ends
 run prefix64_1e-3 --prefix_len 64 --lr 1e-3 $ends
 run whole_1e-3 --prefix_len 1024 --lr 1e-3 $ends
+steps=40
+run prefix64_40 --prefix_len 64
+run whole_40 --prefix_len 1024
+run off_policy_40 --prefix_len 1024 --rollout teacher
+run seqkd_40 --prefix_len 1024 --rollout teacher --loss cross_entropy
 wait
 arms=$(ls -d $to/{whole,prefix64,prefix16,off_policy,seqkd,off_policy_no_walls,sft_no_walls,sft_walls}_seed?)
 python eval.py runs $arms --out $to/curves.png | tee $to/curves.txt

@@ -61,8 +61,6 @@ def restore_flags(config) -> Path:
     if barred:
         raise InputError(f"--resume of {out}: {'; '.join(barred)}. Only these may change: "
                          + ", ".join(f"--{name}" for name in asdict(config) if name in MAY_CHANGE))
-    if config.steps < state["step"]:
-        raise InputError(f"--resume: --steps {config.steps} lies below the {state['step']} that the run has made")
     for name, paced in (("schedule", ("linear",)), ("lr_schedule", ("cosine",))):
         if config.steps != before["steps"] and getattr(config, name) in paced:
             raise InputError(f"--resume: --steps cannot change: --steps {before['steps']} set the pace of --{name} "

@@ -43,8 +43,6 @@ All of them take the sampled tokens as given: how the student's earlier tokens c
 not differentiated, as is usual in on-policy distillation.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -117,7 +115,7 @@ def distill_loss(
         token_weights = hidden_s.new_full((len(hidden_s),), 1 / max(len(hidden_s), 1), dtype=torch.float32)
     # Rows of half-precision numbers that do not begin at multiples of 16 bytes make a GPU's products many times slower,
     # so some of the padding takes part, with probability 0. (Qwen3 has 151,669 tokens, and 151,936 rows.)
-    width = vocab if hidden_s.dtype.itemsize >= 4 else min(math.ceil(vocab / 64) * 64, smaller)
+    width = vocab if hidden_s.dtype.itemsize >= 4 else min((vocab + 63) // 64 * 64, smaller)
     stops = torch.tensor(sorted(set(stop_ids)), device=hidden_s.device)
     if len(stops) < 2:
         stops = None

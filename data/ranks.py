@@ -18,6 +18,7 @@ def join() -> None:
 
 def leave() -> None:
     """Part from them, when the work is done. A rank that fails does not: it would wait for the others."""
+    all_gather(None)  # none is gone while another still reads from it
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 

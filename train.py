@@ -1,8 +1,8 @@
 """On-policy distillation from reasoning prefixes: the student writes, the teacher marks, the student learns.
 
     python train.py --prefix_len 1024               # distil the embedded pair on whatever machine this is
-    python train.py --prefix_len 256                # the paper's point: the first tokens carry most of the lesson
-    python train.py --plan --prefix_len 256         # what a run would take: memory, and FLOP by prefix length
+    python train.py --prefix_len 64                 # the paper's point: the first tokens carry most of the lesson
+    python train.py --plan --prefix_len 64          # what a run would take: memory, and FLOP by prefix length
     python train.py --student Qwen/Qwen3-1.7B-Base --teacher Qwen/Qwen3-8B --data my_prompts.jsonl --lr 1e-6
 
 One step, as in arXiv 2602.15260:
@@ -594,11 +594,12 @@ def plan(config: Config) -> dict[str, float]:
     prompt, prompt_t = 64, 512 if config.teacher_prompt else 64
     whole = max(config.max_new_tokens, config.prefix_len)
     length = whole if config.mix or config.window != "prefix" else config.prefix_len
+    teacher_writes = config.mix > 0 or config.rollout == "teacher"
     on_gpu = (config.device or choose_device("").type).startswith("cuda")  # which need not be here
     size = 2 if (config.dtype or ("bfloat16" if on_gpu else "float32")) == "bfloat16" else 4
     s, t = load_config(checkpoint_folder(config.student, ("config.json",))), None
     if config.teacher:
-        scores = not (config.mix or config.rollout == "teacher" or config.shard_teacher)  # and does nothing else
+        scores = not (teacher_writes or config.shard_teacher)  # and does nothing else
         t = load_config(checkpoint_folder(config.teacher, ("config.json",)), any_family=scores).get_text_config()
     P, P_t = count_parameters(s), count_parameters(t) if t is not None else 0
     V, H, layers, rows = s.vocab_size, s.hidden_size, s.num_hidden_layers, math.ceil(config.batch_size / config.world)
@@ -612,7 +613,7 @@ def plan(config: Config) -> dict[str, float]:
         "student: float32 weights": 4 * P / config.shard, "student: AdamW's moments": 8 * P / config.shard,
         "student: copy that samples": size * P * (size < 4 or config.shard > 1),
         "teacher": 0 if config.teacher_device else size * P_t / (config.shard if config.shard_teacher else 1),
-        "KV cache": kv * ((prompt_t if t in writers else prompt) + length) * min(rows, MAX_SLOTS) * size}
+        "KV cache": kv * ((prompt_t if teacher_writes else prompt) + length) * min(rows, MAX_SLOTS) * size}
     # --shard gathers for a forward: both models' embeddings and heads, and two of the student's blocks at a time.
     gathered = size * (V * H * (2 - s.tie_word_embeddings) + 2 * P // layers) if config.shard > 1 else 0
     gathered += 2 * size * t.vocab_size * t.hidden_size if config.shard_teacher else 0

@@ -259,6 +259,12 @@ def test_plan_needs_nothing_but_two_configurations(tmp_path, capsys):
     assert f"{count_parameters(student.config):,} parameters" in said and "547,936" in said
     run(*flags, "--prefix_len", "3000")  # longer than --max_new_tokens, which does not cut it
     assert re.search(r"^ +3,000 .* 1\.0x$", capsys.readouterr().out, re.MULTILINE)
+    itself = ("--plan", "--data", "chains", "--teacher", STUDENT, "--prefix_len", "100", "--batch_size", "10")
+    asked = {}  # a student that is its own teacher caches its own prompts, not the longer ones that the teacher reads
+    for template in ("", "{prompt}{solution}"):
+        run(*itself, "--teacher_prompt", template)
+        asked[template] = re.search(r"KV cache +([\d.]+)", capsys.readouterr().out)[1]
+    assert len({*asked.values()}) == 1
     with pytest.raises(InputError, match="--lr must be above 0, found 0"):  # also from Python
         train.train(Config(lr=0))
 

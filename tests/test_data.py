@@ -22,6 +22,7 @@ from data.hops import prepare as hops
 from data.hops import walls
 from data.search import prepare as search
 from data.tokenizer import Tokenizer, as_trained, check_same
+from eval import load_tokenizers
 from model import Transformer
 from sample import Config, generate
 from tests.reference import solve
@@ -167,6 +168,8 @@ def test_different_tokenizers_are_refused_by_the_first_id(folder):
     check_same(Tokenizer(TEACHER), Tokenizer(TEACHER))
     with pytest.raises(InputError, match="id 300 is .* in .*teacher and"):
         check_same(Tokenizer(TEACHER), Tokenizer(folder))
+    with pytest.raises(InputError, match="id 300 is .* in .*teacher and"):
+        load_tokenizers(TEACHER, str(folder))
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):

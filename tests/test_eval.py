@@ -10,6 +10,7 @@ from data import HERE, InputError, load_jsonl, run_command
 from data.flags import parse_flags
 from data.tokenizer import Tokenizer
 from model import Transformer
+from sample import Rollout
 
 STUDENT, TEACHER = HERE / "chains/student", HERE / "chains/teacher"
 ROWS = load_jsonl(HERE / "chains/test.jsonl")
@@ -103,6 +104,23 @@ def test_where_memory_runs_out_it_is_said_what_to_lower(monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "generate", lambda *_, **__: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):  # a mistake of ours is a traceback
         run_command(evaluation.main, config)
+
+
+def test_top_k_and_top_p_reach_the_sampler():
+    options = {"max_new_tokens": 40, "seed": 3}
+    _, greedy = evaluate(STUDENT, ROWS[:6], **options)
+    for name, cut in (("top_k", 1), ("top_p", 1e-9)):
+        assert evaluate(STUDENT, ROWS[:6], temperature=1.0, **{name: cut}, **options)[1] == greedy
+    assert evaluate(STUDENT, ROWS[:6], temperature=1.0, **options)[1] != greedy
+
+
+@pytest.mark.parametrize("opened, extracted", [("", "3"), ("<think>\n", None)])
+def test_what_stands_in_a_thought_that_the_prompt_opened_is_no_answer(opened, extracted, monkeypatch):
+    tokenizer, said = Tokenizer(TEACHER), []
+    monkeypatch.setattr(evaluation, "generate", lambda _, prompts, *args, **options: said.append(prompts) or Rollout.of(
+        prompts, [tokenizer.encode(r"so \boxed{3}")] * len(prompts), (2,)))
+    _, (record,) = evaluate(TEACHER, [{"prompt": "Dan?\n" + opened, "answer": "3"}], max_new_tokens=9)
+    assert said and (record["extracted"], record["correct"]) == (extracted, extracted == "3")
 
 
 def test_the_embedded_teacher_is_right_and_ends():

@@ -14,6 +14,7 @@ import sample
 import train
 from data import HERE
 from data.flags import parse_flags
+from data.run import checkpoints
 from data.tokenizer import Tokenizer
 from loss import distill_loss
 from model import Transformer
@@ -135,7 +136,7 @@ def test_9_reading_with_the_cache_is_reading_without_it():
 
 
 def test_10_killed_and_resumed_equals_left_alone(tmp_path):
-    flags = ["--data", "chains", "--prefix_len", "8", "--batch_size", "4", "--steps", "6", "--save_every", "1",
+    flags = ["--data", "chains", "--prefix_len", "8", "--batch_size", "4", "--steps", "12", "--save_every", "1",
              "--eval_problems", "0", "--eval_kl", "0", "--device", "cpu", "--out_dir"]
     train.train(parse_flags(Config, "", [*flags, str(tmp_path / "alone")]))
     process = subprocess.Popen([sys.executable, train.__file__, *flags, str(tmp_path / "killed")],
@@ -144,8 +145,9 @@ def test_10_killed_and_resumed_equals_left_alone(tmp_path):
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     train.train(parse_flags(Config, "", ["--resume", "--out_dir", str(tmp_path / "killed")]))
     for file in ("model.safetensors", "optimizer.safetensors"):
-        alone, killed = (load_file(tmp_path / name / "step_000006" / file) for name in ("alone", "killed"))
+        alone, killed = (load_file(tmp_path / name / "step_000012" / file) for name in ("alone", "killed"))
         assert all(torch.equal(alone[name], killed[name]) for name in alone)
+    assert [f.name for f in checkpoints(tmp_path / "killed")] == ["step_000011", "step_000012"]

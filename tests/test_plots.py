@@ -156,8 +156,10 @@ def fake_run(folder: Path, prefix_len: int, seed: int, accuracies: list[float]) 
     lines = []
     for step, a in enumerate(accuracies):
         if step:
-            lines.append({"step": step, "loss": 1.0, "flop_sample": prefix_len * 1e9, "flop_teacher": 0.0,
-                          "flop_student": 0.0, "seconds_sample": 0.5, "seconds_learn": 0.5, "tokens": prefix_len})
+            shares = {"flop_sample": 0.2, "flop_teacher": 0.3, "flop_student": 0.5}
+            flops = {name: share * prefix_len * 1e9 for name, share in shares.items()}
+            lines.append({"step": step, "loss": 1.0, **flops, "seconds_sample": 0.5, "seconds_learn": 0.5,
+                          "tokens": prefix_len})
         lines.append({"step": step, "eval": "sampled", "accuracy": a, "finish": 1.0, "mean_len": 9})
     (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines) + '{"torn')
     return str(folder)

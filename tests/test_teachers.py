@@ -1,9 +1,11 @@
 """Teachers that read another prompt than the student, and teachers of other families."""
 
+import io
 import json
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -208,6 +210,16 @@ def test_a_teacher_of_another_family_scores_as_in_transformers(tmp_path, kind):
     for found, row in zip(hidden, rows):
         expected = reference(row[None]).logits[0]
         assert torch.allclose(found[: len(row)] @ teacher.head.T, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_code_that_a_teacher_of_another_family_names_is_not_executed(tmp_path, monkeypatch):
+    folder = other_teacher(tmp_path / "teacher", "olmo2")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Evil: pass\n")
+    config = json.loads((folder / "config.json").read_text()) | {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    load_teacher(folder, torch.device("cpu"), 644)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_a_run_with_a_mixture_of_experts_as_teacher(tmp_path):

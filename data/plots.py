@@ -217,14 +217,14 @@ def draw_runs(folders: list[str], out: str, goals: tuple[float, ...] = (0.5, 0.6
     title += [f"the runs also differ in {', '.join(hidden)}"] if hidden else []
     figure.suptitle("; ".join(title).capitalize(), fontsize=11)
     if "accuracy" in metrics:
-        print("\nFLOP at the first evaluation with an accuracy of at least ... (mean of the runs that got there)\n"
+        print("\nFLOP at the first evaluation with an accuracy of at least ... (the slowest that got there)\n"
               f"{'':{wide}}" + "".join(f"{goal:18}" for goal in goals))
         for name, runs in zip(names, groups.values()):
             reached = [[[p["flop"] for p in r["points"] if p["accuracy"] >= goal] for r in runs] for goal in goals]
             needed = [[flops[0] for flops in by_run if flops] for by_run in reached]
             numbers[name]["flop_to_reach_accuracy"] = dict(zip(map(str, goals), needed))
             print(f"{name:{wide}}" + "".join(
-                f"{f'{sum(v) / len(v):.3g} ({len(v)} of {len(runs)})' if v else '-':>18}" for v in needed))
+                f"{f'{max(v):.3g} ({len(v)} of {len(runs)})' if v else '-':>18}" for v in needed))
     figure.savefig(out, dpi=130)
     Path(out).with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n")
     print(f"\nwritten: {out} and {Path(out).with_suffix('.json')}")

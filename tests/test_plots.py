@@ -175,7 +175,7 @@ def test_runs_are_grouped_by_what_differs(tmp_path, capsys):
     assert needed == [{"0.7": [2e10, 1e10], "1.1": []}, {"0.7": [1e11], "1.1": []}]
     assert "prefix_len 10   step 2, FLOP 2e+10 (2e+10 to 2e+10); s 2 (2 to 2); " in said
     assert "accuracy, sampled 0.85 (0.8 to 0.9)" in said
-    assert "1.5e+10 (2 of 2)                 -" in said and "1e+11 (1 of 2)                 -" in said
+    assert "2e+10 (2 of 2)                 -" in said and "1e+11 (1 of 2)                 -" in said
     assert (tmp_path / "runs.png").stat().st_size > 10_000
 
     older, newer = tmp_path / "a1/config.json", tmp_path / "a2/config.json"  # one from before there was a flag

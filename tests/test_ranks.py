@@ -201,7 +201,8 @@ def test_forward_alone_leaves_old_weights_gathered():
 
 def torchrun(*args) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    told = os.environ | {"PYTHONFAULTHANDLER": "1"}  # seen twice, cause unknown: status 1 after all the work was done
+    done = subprocess.run(command, cwd=ROOT, env=told, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done
 

@@ -127,8 +127,8 @@ def run_command(main, config) -> None:
     try:
         main(config)
         sys.stdout.flush()  # here, where a closed pipe is caught
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # One of several ranks. torch keeps their group's threads alive, and
-            os._exit(0)  # one that asks for Python's lock while Python ends would abort the process.
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # One of several ranks. torch keeps gloo's threads alive, which is
+            os._exit(0)  # probably why a rank was seen to abort while Python ended.
     except InputError as error:
         fail(str(error))
     except (MemoryError, RuntimeError) as error:

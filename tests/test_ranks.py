@@ -241,7 +241,7 @@ def test_torchrun_is_one_command(tmp_path, one, more):
 
 
 def test_a_rank_ends_where_its_work_does():
-    """Not with Python's own end, in which a thread of gloo's aborts one process in a hundred."""
+    """Not with Python's own end, in which one was seen to abort (SIGABRT)."""
     code = ("import atexit, data; atexit.register(print, 'too late'); "
             "data.run_command(lambda config: print('worked', config), 1)")
     for rank, said in ({}, "worked 1\ntoo late\n"), ({"TORCHELASTIC_RUN_ID": "x"}, "worked 1\n"):

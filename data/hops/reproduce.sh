@@ -19,8 +19,8 @@ run() {  # name, then flags
         folder=$to/${name}_seed$seed
         grep -qs "after $steps steps" $folder.txt && continue
         at_most_two
-        python train.py --seed $seed --steps $steps --eval_every 5 --max_new_tokens 1024 --out_dir $folder --overwrite "$@" \
-            > $folder.txt 2>&1 &
+        python train.py --seed $seed --steps $steps --eval_every 5 --max_new_tokens 1024 --out_dir $folder \
+            --overwrite "$@" > $folder.txt 2>&1 &
     done
 }
 
@@ -67,7 +67,8 @@ count() {  # problems, arm: accuracy, and what is done at walls
 }
 
 for arm in $to/{whole,prefix64}_seed?; do at_most_two; count 500 $arm & done
-for arm in $to/{prefix128,mix64,linear,off_policy,seqkd,off_policy_no_walls,sft_no_walls,sft_walls,few_whole,few_sft}_seed1; do
+for arm in $to/{prefix128,mix64,linear,off_policy,seqkd,off_policy_no_walls}_seed1 \
+    $to/{sft_no_walls,sft_walls,few_whole,few_sft}_seed1; do
     at_most_two; count 200 $arm &
 done
 wait

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The bargain of prefixes on `search`: prefixes of 64 to 1,024 tokens against whole responses, three seeds each, all but
 # 512 also at half and twice the rate; a growing prefix; --mix; then the pictures. With "all" as the second argument two
-# off-policy arms, the shortest prefixes and 16 tokens at a random place as well. Two runs at a time, one thread each: two hours on 2
-# cores, three with "all". Runs that are complete are not run again. The first argument is a folder.
+# off-policy arms, the shortest prefixes and 16 tokens at a random place as well. Two runs at a time, one thread each:
+# two hours on 2 cores, three with "all". Runs that are complete are not run again. The first argument is a folder.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1
@@ -43,8 +43,10 @@ fi
 wait
 arms=$(ls -d $to/{prefix64,prefix256,prefix1024,whole,off_policy,seqkd}_seed? 2> /dev/null || true)
 python eval.py runs $arms --out $to/bargain.png | tee $to/bargain.txt
-python eval.py runs $to/{prefix64,prefix256,prefix1024,whole,linear,mix}_seed? --out $to/schedules.png | tee $to/schedules.txt
+arms=$(ls -d $to/{prefix64,prefix256,prefix1024,whole,linear,mix}_seed?)
+python eval.py runs $arms --out $to/schedules.png | tee $to/schedules.txt
 before_during_after=data/search/student,$to/prefix64_seed1/step_000010,$to/prefix64_seed1/step_000020
-python eval.py positions --model $before_during_after,$to/whole_seed1/step_000010 --num_problems 50 --out $to/positions.png
+python eval.py positions --num_problems 50 --model $before_during_after,$to/whole_seed1/step_000010 \
+    --out $to/positions.png
 python eval.py teacher_prefix --data search --lens 0,16,64,256,1024 --num_problems 100 --out $to/teacher_prefix.png
 for arm in $to/*_seed?.txt; do grep -H "accuracy:\|KL to\|TFLOP" $arm; done > $to/all.txt

@@ -71,7 +71,8 @@ def distill_loss(
 
     hidden_s (N, H), head_s (V, H): the student's hidden states and head. hidden_t (N, H_t), head_t (V_t, H_t): the
         teacher's, taken as constants; may be None for cross_entropy only. Hidden states in float64, float32 or half
-        precision; heads are cast to it, and products of half precision are still delivered in float32.
+        precision (float16 has no room for small gradients); heads are cast to it, on a CPU both to float32, and
+        products of half precision are still delivered in float32.
     token_weights (N,): weight of each row, by default 1 / N. For a step split into parts, pass 1 / (rows of the whole
         step). temperature: divides both models' logits. beta: the jsd's mixture, 0 < beta < 1. top_k: how many of the
         teacher's most likely tokens topk_reverse_kl keeps.
@@ -87,8 +88,8 @@ def distill_loss(
     Returns (loss, stats): a scalar, and detached (N,) tensors: "loss" (unweighted), "student_entropy", and where there
     is a teacher "kl" (reverse, in nats, whatever the loss), "teacher_entropy", "agree" (same most likely token); with
     targets "student_logprob" and, with a teacher, "teacher_logprob". All at `temperature`, stop_ids merged.
-    Raises ValueError on an unknown loss, missing targets or teacher, or ids beyond the vocabulary. Cannot be
-    differentiated twice.
+    Raises ValueError on an unknown loss, missing targets or teacher, ids beyond the vocabulary, or inputs of different
+    N. Cannot be differentiated twice.
     """
     if loss not in LOSSES:
         raise ValueError(f"loss {loss!r} is none of {', '.join(LOSSES)}")
@@ -96,6 +97,8 @@ def distill_loss(
         raise ValueError(f"loss {loss!r} needs targets")
     if (hidden_t is None) != (head_t is None) or (hidden_t is None and loss != "cross_entropy"):
         raise ValueError(f"loss {loss!r} needs the teacher's hidden states and head both")
+    if len(found := {len(x) for x in (hidden_s, hidden_t, targets, token_weights) if x is not None}) > 1:
+        raise ValueError(f"hidden states, targets and token_weights must have one row each, found {sorted(found)} rows")
     if loss == "jsd" and not 0 < beta < 1:
         raise ValueError(f"beta must lie strictly between 0 and 1, found {beta} (its ends are not the two KLs)")
     if top_k < 1:
@@ -186,7 +189,7 @@ class FusedDivergence(torch.autograd.Function):
             raise RuntimeError("backward was called a second time: distill_loss keeps its gradient for one call only")
         for g in gradients:
             if g is not None:
-                g.mul_(grad_total.to(g.dtype))
+                g.mul_(grad_total)
         return *gradients, *[None] * 10
 
 
@@ -227,7 +230,7 @@ def value_and_gradient(
     elif loss == "topk_reverse_kl":
         kept = t.topk(top_k, dim=-1).indices  # (b, k)
         tail_s, tail_t = (x.double().scatter(-1, kept, FAR).logsumexp(-1, keepdim=True) for x in (z, t))
-        tail_score = (tail_s - tail_t).to(z.dtype)  # of the bucket; up to the same constant as score
+        tail_score = (tail_s - tail_t).to(score.dtype)  # of the bucket; up to the same constant as score
         score = tail_score.expand_as(score).scatter(-1, kept, score.gather(-1, kept))
         shift = score.gather(-1, top)
         mean = dot(p, score.sub_(shift))  # measured from `top` again

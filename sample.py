@@ -118,8 +118,8 @@ class KVCache:
     """Keys and values of every layer, (layers, slots, num_kv_heads, max_len, D) each. `attend` is what a forward calls
     in place of causal attention, after `write_prompts` or `write_at` has said where its tokens go.
 
-    A position that a row has not written yet may hold what an earlier row left there; nobody sees it, since a row
-    attends up to its own last position only.
+    A position that a row has not written yet may hold what an earlier row left there; nobody sees it while it is
+    finite, since a row attends up to its own last position only.
     """
 
     def __init__(self, config, slots: int, max_len: int, device, dtype):

@@ -32,6 +32,8 @@ def check_config(config) -> None:
             raise InputError(f"rope_type {kind!r} needs a number {key!r} in the configuration, found {rope.get(key)!r}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError("partial_rotary_factor is not supported")
+    if getattr(config, "is_causal", None) is False:
+        raise InputError("is_causal false, attention in both directions, is not supported")
     if config.hidden_act != "silu":
         raise InputError(f"hidden_act {config.hidden_act!r} is not supported (silu is)")
     sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())

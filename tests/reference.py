@@ -1,5 +1,7 @@
 """Slow, obvious versions of what the product does fast. Tests compare against these."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -58,7 +60,7 @@ def dense_loss(
     elif loss == "forward_kl":
         rows = (q * (log_q - log_p)).sum(-1)
     elif loss == "jsd":
-        log_m = ((1 - beta) * p + beta * q).log()
+        log_m = torch.logaddexp(log_p + math.log(1 - beta), log_q + math.log(beta))
         rows = beta * (q * (log_q - log_m)).sum(-1) + (1 - beta) * (p * (log_p - log_m)).sum(-1)
     elif loss not in ("sampled_kl", "cross_entropy"):
         raise ValueError(f"no dense form of --loss {loss} to compare with: add it above")

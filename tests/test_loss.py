@@ -230,6 +230,14 @@ def test_cannot_be_differentiated_twice():
         loss.backward()
 
 
+def test_a_loss_times_a_number_has_gradients_times_it():
+    hidden_s, head_s, hidden_t, head_t, *_ = make(200, 60, 40, 60, 40, dtype=torch.bfloat16)
+    grads = [torch.autograd.grad(distill_loss(hidden_s, head_s, hidden_t, head_t)[0] * c, (hidden_s, head_s))
+             for c in (1, 1 / 3)]
+    for a, b in zip(*grads):  # 1/3 as a bfloat16 would be 0.0013 off
+        assert float((a.double() * b.double()).sum() / a.double().square().sum()) == pytest.approx(1 / 3, rel=3e-4)
+
+
 def test_autocast_changes_nothing():
     hidden_s, head_s, hidden_t, head_t, *_ = make(dtype=torch.float32)
     plain, _ = distill_loss(hidden_s, head_s, hidden_t, head_t)
@@ -259,6 +267,7 @@ def test_sampled_kl_averages_to_the_exact_gradient():
     ({"stop_ids": (2, 20)}, "stop_ids .* must lie below"),
     ({"temperature": 0}, "temperature must be positive, found 0"),
     ({"top_k": 0}, "top_k must be at least 1, found 0"),
+    ({"targets": torch.arange(12)}, "one row each, found .11, 12. rows"),
     ({"targets": torch.arange(11) * 2}, "targets must lie below the vocabulary of 20, found 0 to 20"),
     ({"vocab": 21}, "vocab must lie between 1 and 20.*found 21"),
 ])

@@ -152,6 +152,7 @@ def test_unusable_weights_are_refused_by_name(tmp_path):
     ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
     ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic'"),
     ({"rope_parameters": LLAMA3 | {"low_freq_factor": None}}, "validate_rope|needs a number|damaged"),
+    ({"is_causal": False}, "is_causal false"),
     ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "sliding-window"),
 ])
 def test_unusable_configurations_are_refused_by_name(tmp_path, change, message):

@@ -50,8 +50,8 @@ class Config:
     student: str = flag("", "checkpoint folder or hub name of the model that learns; empty takes --data's own",
                         group="the pair and the data")
     teacher: str = flag("", "checkpoint folder or hub name of the frozen model that scores; empty takes --data's own")
-    teacher_prompt: str = flag("", "what the teacher reads before a response, with {fields} of the row: '{prompt}\\n\\n"
-                               "Solved:\\n{solution}'; empty: the first row's `teacher_prompt`, or what both read")
+    teacher_prompt: str = flag("", "what the teacher reads before a response, with {fields} of the row: $'{prompt}\\n"
+                               "Solved: {solution}'; empty: the first row's `teacher_prompt`, or what both read")
     init: str = flag("pretrained", "pretrained, or random: --student's configuration with fresh weights from --seed",
                      choices=("pretrained", "random"))
     data: str = flag("hops", "training prompts: a name (data/NAME/train.jsonl) or a .jsonl file")
@@ -133,6 +133,8 @@ def fill_in(c: Config) -> None:
     clashes = (
         (c.loss == "sampled_kl" and (c.rollout != "student" or c.mix > 0),
          "--loss sampled_kl estimates from the student's own samples: use it with --rollout student and --mix 0"),
+        (c.loss == "cross_entropy" and c.rollout == "student",
+         "--loss cross_entropy imitates a text, and one's own teaches nothing: add --rollout data or teacher"),
         (c.schedule != "constant" and c.prefix_start > c.prefix_len,
          f"--prefix_start {c.prefix_start} lies above --prefix_len {c.prefix_len}"),
         (c.schedule == "adaptive" and not c.scored,
@@ -147,8 +149,8 @@ def fill_in(c: Config) -> None:
         (c.batch_size < ranks, f"--batch_size {c.batch_size} is less than one row for each of {ranks} ranks"),
         (ranks % c.shard, f"--shard {c.shard} does not divide the number of ranks, {ranks}: " + (
             "give --world" if c.plan else "start a multiple of it with torchrun")),
-        (c.shard_teacher and (c.shard == 1 or c.mix or c.rollout == "teacher" or c.teacher_device),
-         "--shard_teacher needs --shard, and excludes --mix, --rollout teacher and --teacher_device"),
+        (c.shard_teacher and (c.shard == 1 or not c.teacher or c.mix or c.rollout == "teacher" or c.teacher_device),
+         "--shard_teacher needs --shard and a teacher, and excludes --mix, --rollout teacher and --teacher_device"),
     )
     for clash, message in clashes:
         if clash:
@@ -221,11 +223,13 @@ def prepare_prompts(config: Config, rows: list[dict], test: list[dict], pair: Pa
     for tokenizer in filter(None, (pair.tokenizer, pair.teacher_tokenizer)):
         check_rendering(tokenizer, [row["prompt"] for row in rows[:8]])
     if config.rollout == "data":
-        for row in rows:
+        for number, row in enumerate(rows, start=1):
             row["solution_ids"] = pair.tokenizer.encode(row["solution"])
-    trained = "max_new_tokens" if config.window != "prefix" or config.mix else "prefix_len"  # what caps a response
+            pair.tokenizer.check_ids(row["solution_ids"], pair.vocab, f"--data, row {number}, solution")
+    caps = ["prefix_len"] * (config.window == "prefix")  # of responses in training
+    caps += ["max_new_tokens"] * (config.window != "prefix" or config.mix > 0)
     for who, model, key in (("student", pair.student, "prompt_ids"), ("teacher", pair.teacher, "teacher_ids")):
-        for kind, some, cap in (("", rows, trained), ("held-out ", test, "max_new_tokens")):
+        for kind, some, cap in (*(("", rows, cap) for cap in caps), ("held-out ", test, "max_new_tokens")):
             if model is not None and some:
                 prompts, where = [row[key] for row in some], f"{kind}prompts of the {who}, "
                 fit_cap(config, cap, prompts, model.config.max_position_embeddings, where)
@@ -394,8 +398,10 @@ def distill(config: Config, resume_from: Path | None) -> None:
             print("\n".join(preflight(pair, few, length, config.temperature, config.seed)))
 
         # A signal ends the run after its step. (torchrun's SIGTERM means that another rank has died: nothing to save.)
-        for name in (signal.SIGINT, signal.SIGTERM) if world_size() == 1 else (signal.SIGINT,):
-            signal.signal(name, run.interrupt)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP") if world_size() == 1 else ("SIGINT",):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP; nohup ignores it, and so shall we
+            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                signal.signal(number, run.interrupt)
         bar = tqdm(initial=run.step, total=config.steps, desc="train", disable=True if rank() else None)
         while True:
             run.stage = "evaluation"
@@ -553,21 +559,25 @@ def must_be_finite(stats: dict[str, Tensor]) -> None:
 @contextmanager
 def say_what_to_change(run: Run):
     """Around the loop. Out of memory, or numbers that are not finite, end it with one line that names the flag to
-    change. A process alone first saves the run as it was after its last whole step; of several ranks torchrun ends the
-    others, and the last checkpoint counts."""
+    change; so does a terminal or pipe that is gone. A process alone first saves the run as it was after its last whole
+    step; of several ranks torchrun ends the others, and the last checkpoint counts."""
     try:
         yield
-    except (FloatingPointError, RuntimeError) as error:
-        if isinstance(error, FloatingPointError):
-            what, mend = error, "Lower --lr, or use --dtype float32"
-        elif out_of_memory(error):
-            lower = {"sampling": "--batch_size or --prefix_len", "evaluation": "--eval_batch_size or --micro_tokens"}
-            what = f"out of memory in {run.stage}"
-            mend = f"Lower {lower.get(run.stage, '--micro_tokens, or add --recompute')}"
-        else:
+    except (FloatingPointError, RuntimeError, OSError) as error:
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
         if run.step and world_size() == 1 and run.saved != run.checkpoint:
             run.save()
+        if isinstance(error, OSError):
+            raise
+        anew = "in another run (--student takes a checkpoint)"  # for --resume these flags must stay
+        if isinstance(error, FloatingPointError):
+            what, mend = error, f"Lower --lr, or use --dtype float32, {anew}"
+        else:
+            what = f"out of memory in {run.stage}"
+            lower = {"sampling": f"--batch_size or --prefix_len {anew}",
+                     "evaluation": "--eval_batch_size or --micro_tokens"}
+            mend = f"Lower {lower.get(run.stage, '--micro_tokens, or add --recompute')}"
         kept = f"the last state saved is {run.saved}" if run.saved else "nothing was saved"
         step = run.step + (run.stage not in ("evaluation", "saving"))
         raise InputError(f"step {step}: {what}; {kept}. {mend}") from None
@@ -634,10 +644,13 @@ def plan(config: Config) -> dict[str, float]:
     for part, b in (always | sampling | learning | {f"in all, {name}": b for name, b in found.items()}).items():
         print(f"  {part:40}{b / 1e9:10.3f}")
 
-    def flops(writer, length: int) -> list[float]:
-        """Of sampling, scoring and learning from one response of this length."""
-        read, read_t = (torch.tensor([n + length - 1.0]) for n in (prompt, prompt_t))
-        return [count_flops(writer, read_t if writer is t else read, length) if writer is not None else 0.0,
+    def flops(writer, length: int, window: str = "prefix") -> list[float]:
+        """Of sampling, scoring and learning from `length` tokens of one response."""
+        written = length if window == "prefix" else whole
+        last = length if window in ("prefix", "first") else whole  # the last token that is read
+        wrote = torch.tensor([(prompt_t if writer is t else prompt) + written - 1.0])
+        read, read_t = (torch.tensor([n + last - 1.0]) for n in (prompt, prompt_t))
+        return [count_flops(writer, wrote, written) if writer is not None else 0.0,
                 count_flops(t, read_t, length) if config.scored else 0.0, 3 * count_flops(s, read, length)]
 
     writer = writers[0] if writers else None
@@ -645,7 +658,7 @@ def plan(config: Config) -> dict[str, float]:
     print("\nTFLOP per step with responses cut at prefix_len\n  prefix_len     sampling      teacher      student"
           "          all  saving")
     for cut in sorted({config.prefix_len, whole, *(whole >> k for k in range(1, 8) if whole >> k)}):
-        parts = [(1 - config.mix) * a + config.mix * b for a, b in zip(flops(writer, cut), by_teacher)]
+        parts = [(1 - config.mix) * a + config.mix * b for a, b in zip(flops(writer, cut, config.window), by_teacher)]
         shown = (f"{config.batch_size * x / 1e12:12.4g}" for x in (*parts, sum(parts)))
         print(f"  {cut:10,} {' '.join(shown)}  {sum(flops(writer, whole)) / sum(parts):5.1f}x")
     return found

@@ -98,8 +98,10 @@ def claim(config):
         try:
             if fcntl is not None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise InputError(f"--out_dir {out}: another run is at work there; wait, or choose another") from None
+        except OSError:
+            print(f"--out_dir {out}: its file system has no locks, so see that no other run writes there")
         try:
             yield
         finally:

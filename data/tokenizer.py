@@ -9,7 +9,6 @@ import functools
 import json
 import os
 import re
-import shutil
 import unicodedata
 from datetime import datetime
 from pathlib import Path
@@ -55,6 +54,7 @@ class Tokenizer:
         file = self.folder / "tokenizer.json"
         if not file.is_file():
             raise InputError(f"{self.folder}: no tokenizer.json there")
+        self.files = {name: (self.folder / name).read_bytes() for name in SIDE_FILES if (self.folder / name).is_file()}
         self.side = {name: read_json(self.folder / name) for name in JSON_FILES if (self.folder / name).is_file()}
         spec = read_json(file)
         with reading(file):
@@ -115,6 +115,12 @@ class Tokenizer:
         if not stop_ids:
             raise InputError(f"{self.folder}: none of its files declares an end-of-sequence token that it has")
         return stop_ids, stop_ids[0] if own is None else own
+
+    def check_ids(self, ids: list[int], vocab: int, where: str) -> None:
+        """Raise InputError, which `where` opens, where an id lies beyond the `vocab` that both models know."""
+        if (unknown := max(ids, default=0)) >= vocab:
+            raise InputError(f"{where}: its token {unknown} {self.decode([unknown])!r} lies beyond the {vocab} that "
+                             "the models know")
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text. Text that spells a special token becomes one only with `special`; added tokens that are not
@@ -213,11 +219,10 @@ class Tokenizer:
         return tuple(found)
 
     def save(self, folder: str | Path, stop_ids: tuple[int, ...] = ()) -> None:
-        """Copy the tokenizer's and the generation settings' files to another checkpoint folder. stop_ids, if given, are
-        what the model there was trained to stop with: whoever serves it must know."""
-        for name in SIDE_FILES:
-            if (self.folder / name).is_file():
-                shutil.copyfile(self.folder / name, Path(folder) / name)
+        """Write the tokenizer's and the generation settings' files, as they were when read, to another folder.
+        stop_ids, if given, are what the model there was trained to stop with: whoever serves it must know."""
+        for name, content in self.files.items():
+            (Path(folder) / name).write_bytes(content)
         if stop_ids:
             settings = self.side.get("generation_config.json", {}) | {"eos_token_id": list(stop_ids)}
             (Path(folder) / "generation_config.json").write_text(json.dumps(settings, indent=1) + "\n")
@@ -272,6 +277,7 @@ def as_trained(config, folder: Path) -> None:
         value = trained.get(name, default)
         if name not in config.typed and value not in (default, getattr(config, name, value)):
             setattr(config, name, value)
-            said.append(f"--{name} {value}")
+            its = " (what it was trained on: it had no --eval_data)" if Path(value).is_file() and name == "data" else ""
+            said.append(f"--{name} {value}{its * (not trained.get('eval_data'))}")
     if said:
         print(f"as in its training: {' '.join(said)}")

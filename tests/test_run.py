@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -86,6 +87,23 @@ def test_two_runs_in_one_folder(tmp_path):
     assert first.returncode == 0
     saved, log = checkpoints(tmp_path), read_log(tmp_path / "log.jsonl")
     assert len(saved) == 1 and int(saved[0].name[5:]) == log[-1]["step"] < 300
+
+
+def test_a_file_system_without_locks_is_no_other_run(tmp_path, monkeypatch, capsys):
+    def none(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(data.run.fcntl, "flock", none)
+    run(*TINY, *BLIND, "--steps", "1", "--out_dir", tmp_path)
+    assert "its file system has no locks" in capsys.readouterr().out and checkpoints(tmp_path)
+
+
+def test_a_student_whose_folder_goes_away_keeps_its_tokenizer(tmp_path, monkeypatch):
+    student, log_step = shutil.copytree(HERE / "chains/student", tmp_path / "student"), train.log_step
+    monkeypatch.setattr(train, "log_step", lambda *args: (log_step(*args), shutil.rmtree(student, True)))
+    run(*TINY, *BLIND, "--student", student, "--out_dir", tmp_path / "out")
+    kept, (saved,) = HERE / "chains/student/tokenizer.json", checkpoints(tmp_path / "out")
+    assert not student.exists() and (saved / "tokenizer.json").read_bytes() == kept.read_bytes()
 
 
 def test_other_data_or_another_teacher_is_no_resumption(tmp_path):

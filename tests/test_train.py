@@ -166,7 +166,7 @@ def test_hidden_states_that_are_not_finite_are_named(one_step, pair, problems, b
     found = generate(pair.student if broken == "student" else pair.teacher, [[5, 6]], 2, (2,))  # no invented id
     assert 0 <= found.tokens.min() and found.tokens.max() < pair.vocab
     with pytest.raises(InputError, match=r"step 1: the loss is not finite at response positions \[0, 1, 2, 3, 4\], "
-                       f"nor is what the {broken} says there; nothing was saved. Lower --lr"):
+                       f"nor is what the {broken} says there; nothing was saved. Lower --lr, .*in another run"):
         one_step(rollout, pair)
 
 
@@ -376,6 +376,16 @@ def test_the_plan_of_several_devices(capsys):
     assert many["in all, while learning"] < one["in all, while learning"]
 
 
+def test_the_plan_of_a_window_counts_what_is_sampled_and_read(capsys):
+    found = {}
+    for window in ("prefix", "first", "random"):
+        run("--plan", "--data", "chains", "--prefix_len", "16", "--max_new_tokens", "256", "--window", window)
+        row, = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("          16 "))
+        found[window] = [float(x) for x in row[1:4]]
+    assert found["prefix"][0] < found["first"][0] == found["random"][0]
+    assert found["prefix"][1:] == found["first"][1:] and found["first"][1] < found["random"][1]
+
+
 def test_the_plan_of_supervised_training_has_no_teacher_and_no_sampling(capsys):
     run("--plan", "--data", "chains", "--rollout", "data", "--loss", "cross_entropy")
     said = capsys.readouterr().out
@@ -474,14 +484,16 @@ def test_what_may_change_when_a_run_is_resumed(finished, tmp_path, capsys, monke
         run("--resume", "--out_dir", out, "--steps", "5")
 
 
-def test_ctrl_c_finishes_the_step_and_saves(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGHUP"])
+def test_ctrl_c_finishes_the_step_and_saves(signal_name, tmp_path, monkeypatch, capsys):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
     flags, out, log_step = (*TINY, "--eval_every", "2"), tmp_path / "interrupted", train.log_step
     run(*flags, "--out_dir", tmp_path / "alone")
     assert [r["step"] for r in records(tmp_path / "alone") if "eval" in r] == [0, 2, 3]
 
     def interrupt(run, *args):
         if run.step == 2:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(getattr(signal, signal_name))
         return log_step(run, *args)
 
     with monkeypatch.context() as m:
@@ -491,6 +503,16 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path, monkeypatch, capsys):
     run("--resume", "--out_dir", out)
     assert records(out) == records(tmp_path / "alone")
     assert same_weights(out / "step_000003", tmp_path / "alone/step_000003")
+
+
+def test_a_terminal_that_is_gone_costs_no_step(tmp_path, monkeypatch):
+    def gone(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(train, "log_step", gone)
+    with pytest.raises(BrokenPipeError):
+        run(*TINY, *BLIND, "--out_dir", tmp_path)
+    assert [f.name for f in checkpoints(tmp_path)] == ["step_000001"]
 
 
 def test_a_kill_in_the_last_evaluation_loses_only_that(finished, tmp_path):
@@ -593,6 +615,18 @@ def test_a_token_beyond_the_head_is_no_token(tmp_path, who, capsys):
     assert "vocabulary 644 of 644 rows" in capsys.readouterr().out
 
 
+def test_a_solution_with_a_token_of_the_students_alone_is_named(tmp_path):
+    folder = altered(STUDENT, tmp_path / "student")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    switches = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
+    spec["added_tokens"].append({"id": 644, "content": "<think>", **switches})
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Dan?", "solution": "<think>"}\n')
+    with pytest.raises(InputError, match="--data, row 1, solution: its token 644 '<think>' lies beyond the 644"):
+        run(*TINY, *BLIND, "--student", folder, "--teacher", TEACHER, "--data", tmp_path / "rows.jsonl", "--rollout",
+            "data", "--loss", "forward_kl", "--out_dir", tmp_path / "out")
+
+
 def test_a_cap_that_nobody_typed_is_what_the_model_has_room_for(tmp_path, capsys):
     short = altered(STUDENT, tmp_path / "short", max_position_embeddings=200)
     run(*TINY[:-2], "--student", short, "--steps", "1", "--out_dir", tmp_path / "out")
@@ -630,7 +664,7 @@ def bad(tmp_path_factory):
     ("train --loss kl", "--loss kl: expected one of reverse_kl"),
     ("train --schedule linear --prefix_start 2000", "--prefix_start 2000 lies above --prefix_len 1024"),
     ("train --schedule adaptive --window last", "it needs --window prefix or first, found last"),
-    ("train --schedule adaptive --loss cross_entropy", "--schedule adaptive follows the KL to the teacher"),
+    ("train --schedule adaptive --loss cross_entropy --rollout data", "--schedule adaptive follows the KL to the teac"),
     ("train --loss sampled_kl --mix 0.5", "use it with --rollout student and --mix 0"),
     ("train --rollout data --mix 0.5", "--mix is for --rollout student, found --rollout data"),
     ("train --mix 0.5 --window first", "--mix and --window exclude each other"),
@@ -638,6 +672,8 @@ def bad(tmp_path_factory):
     ("train --plan --shard 3 --world 8", "--shard 3 does not divide the number of ranks, 8: give --world"),
     ("train --plan --world 8 --batch_size 7", "less than one row for each of 8 ranks"),
     ("train --plan --shard_teacher", "--shard_teacher needs --shard"),
+    ("train --plan --shard 2 --world 2 --shard_teacher --rollout data --loss cross_entropy", "--shard and a teacher"),
+    ("train --loss cross_entropy", "one's own teaches nothing: add --rollout data or teacher"),
     ("train --resume --overwrite", "--resume and --overwrite contradict each other"),
     ("train --data nothing.jsonl", "--data nothing.jsonl has no student of its own"),
     ("train --data nothing.jsonl PAIR", "--data nothing.jsonl: no file nothing.jsonl"),
@@ -647,6 +683,7 @@ def bad(tmp_path_factory):
     ("train --eval_data nosuch", "--eval_data nosuch: no file"),
     ("train --student BAD", "no tokenizer.json there"),
     ("train --device cuda:99", "--device cuda:99: cannot be used here"),
+    ("train --prefix_len 10000 --mix 0.5", "--prefix_len 10000 and the longest prompt"),
     ("train --prefix_len 10000", "exceed the 8192 positions of the model"),
     ("train --out_dir BAD/used", "already holds a run; discard it with --overwrite"),
     ("train --out_dir BAD/good.jsonl", "is a file, expected a folder"),
@@ -655,6 +692,7 @@ def bad(tmp_path_factory):
     ("sample --model HERE/chains/techer", "chains/teacher?"),
     ("sample --index 5000", "--index 5000: the data has rows 0 to 999"),
     ("eval --out BAD/x.jsonl", "expected a .json file"),
+    ("eval --num_samples 4", "--num_samples, --top_k and --top_p are for sampling: add --temperature 1"),
     ("eval --max_new_tokens 100000", "positions of the model"),
 ])
 def test_bad_input_is_one_clear_line(bad, command, message, tmp_path, capsys):

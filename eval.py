@@ -19,6 +19,7 @@ Read from here down: a pair of models; accuracy; KL; the check before a run; the
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -104,9 +105,7 @@ def encode_prompts(rows: list[dict], tokenizer: Tokenizer, vocab: int, where: st
             row["teacher_ids"] = teacher_tokenizer.encode_prompt(text)
             if not row["teacher_ids"]:
                 raise InputError(f"--teacher_prompt: of row {number} of {where} it makes an empty prompt")
-        if (unknown := max(row["prompt_ids"] + row["teacher_ids"])) >= vocab:
-            raise InputError(f"{where}, row {number}: its token {unknown} {tokenizer.decode([unknown])!r} lies beyond "
-                             f"the {vocab} that the models know")
+        tokenizer.check_ids(row["prompt_ids"] + row["teacher_ids"], vocab, f"{where}, row {number}")
 
 
 # --- accuracy
@@ -181,8 +180,8 @@ def evaluate(
 def summarize(records: list[dict], num_samples: int) -> dict[str, float]:
     """Of records in the order of problems, `num_samples` for each: finish (share of responses ended by themselves),
     mean_len, median_len, len_95 (tokens); and where all problems have an answer, accuracy (the mean over problems of
-    the share of right samples, avg@k) with low and high (95% over problems: Wilson's for one sample, else by
-    bootstrap), accuracy_given_finish (None if none ended), no_answer."""
+    the share of right samples, avg@k) with low and high (95% over problems: by bootstrap, but Wilson's for one sample
+    or where all problems are alike), accuracy_given_finish (None if none ended), no_answer."""
     n, ended = len(records), [r for r in records if r["finished"]]
     lens = torch.tensor([float(r["tokens"]) for r in records])
     found = {"finish": len(ended) / n, "mean_len": lens.mean().item(), "median_len": lens.median().item(),
@@ -190,7 +189,9 @@ def summarize(records: list[dict], num_samples: int) -> dict[str, float]:
     if any(r["answer"] is None for r in records):
         return found
     right = [sum(r["correct"] for r in records[i : i + num_samples]) for i in range(0, n, num_samples)]
-    low, high = wilson(sum(right), n) if num_samples == 1 else bootstrap([r / num_samples for r in right])
+    shares = [r / num_samples for r in right]
+    alike = num_samples == 1 or len(set(right)) == 1  # of which a bootstrap would say that they always are
+    low, high = wilson(sum(shares), len(shares)) if alike else bootstrap(shares)
     return found | {
         "accuracy": sum(right) / n, "low": low, "high": high,
         "accuracy_given_finish": sum(r["correct"] for r in ended) / len(ended) if ended else None,
@@ -354,7 +355,8 @@ def load_models(config: Config, need: tuple[str, ...] = ("prompt",), with_teache
     agreed = [load_tokenizers(  # each must agree with the teacher on every id
         folder, teacher, chat=config.chat, system=config.system, thinking=config.thinking,
         stop_tokens=config.stop_tokens) for folder in folders]
-    tokenizer, teachers, vocab, stop_ids = agreed[0]
+    tokenizer, teachers, _, _ = agreed[0]
+    vocab, stop_ids = min(a[2] for a in agreed), tuple(sorted({i for a in agreed for i in a[3]}))  # as one for all
     template = teacher_template(config, rows) if teacher else ""
     encode_prompts(rows, tokenizer, vocab, "--data", template, teachers)
     models = {path: Transformer.frozen(path, device, vocab) for path in paths}
@@ -371,6 +373,8 @@ def main(config: Config) -> None:
     check_out(config.out, ".json")
     if "," in config.model:
         raise InputError(f"--model {config.model}: expected one model; several are for diagnostics")
+    if config.temperature == 0 and (config.num_samples > 1 or config.top_k or config.top_p < 1):
+        raise InputError("--num_samples, --top_k and --top_p are for sampling: add --temperature 1")
     models, _, tokenizer, stop_ids, rows = load_models(config, need=("prompt", "answer"))
     path, model = next(iter(models.items()))
     file = Path(config.out).with_suffix(".jsonl") if config.out else None
@@ -421,7 +425,10 @@ def kept_responses(config: Config, file: Path, folder: Path) -> list[dict]:
     if records[:1] != [made]:
         raise InputError(f"--out: {file} exists and holds something else, or responses made with other flags or "
                          "weights: name another file, or delete it")
-    file.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")  # without a torn line
+    records = [made, *{(r["problem"], r["sample"]): r for r in records[1:]}.values()]  # each once
+    temporary = file.with_name(f"{file.name}.incomplete")  # without a torn line
+    temporary.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    os.replace(temporary, file)
     if len(records) > 1:
         print(f"{len(records) - 1} responses are in {file} already")
     return records[1:]
@@ -437,9 +444,11 @@ def load_students(config: Config, need: tuple[str, ...] = ("prompt",)):
 
 
 def sample_responses(model: Transformer, prompts: list[list[int]], config: Config, stop_ids, given: int = 0) -> Rollout:
-    """Responses; `given` of their tokens stand in the prompts already, and count towards the cap."""
+    """Responses; `given` of their tokens stand in the prompts already, and count towards the cap. What follows them is
+    drawn by other seeds, or it would depend on them through their random numbers."""
+    seeds = [config.seed + 1_000_003 * given + i for i in range(len(prompts))]
     return generate(model, prompts, config.max_new_tokens - given, stop_ids, config.temperature, progress=True,
-                    seeds=[config.seed + i for i in range(len(prompts))], slots=config.batch_size)
+                    seeds=seeds, slots=config.batch_size)
 
 
 def respond_for_both(model: Transformer, rows: list[dict], config: Config, stop_ids) -> Rollout:

@@ -46,6 +46,13 @@ def test_a_summary_counts_what_it_says():
     assert 45 < s["len_95"] < 50 and 0.5 <= s["low"] < 0.75 < s["high"] <= 1.0
 
 
+@pytest.mark.parametrize("right", [0, 2])
+def test_problems_that_are_all_alike_do_not_make_it_certain(right):
+    record = {"answer": "1", "correct": right == 2, "finished": True, "tokens": 1, "extracted": "1"}
+    s = evaluation.summarize([record] * 60, 2)
+    assert (s["low"], s["high"]) == evaluation.wilson(30 * right / 2, 30) and s["high"] - s["low"] > 0.1
+
+
 def test_by_position_is_a_mean_by_octave():
     found = evaluation.by_position(torch.tensor([1.0, 2.0, 3.0, 5.0]), torch.tensor([0, 1, 2, 3]))
     assert found == {"0": 1.0, "1": 2.0, "2": 4.0}
@@ -76,7 +83,7 @@ def test_an_evaluation_that_was_interrupted_goes_on(tmp_path, capsys):
     lines = out.read_text().splitlines(keepends=True)
     assert len(lines) == 1 + 2 * 6
     assert all("<|im_end|>" not in r["response"] for r in map(json.loads, lines[1:]) if r["finished"])
-    out.write_text("".join(lines[:6]) + lines[6][:30])  # killed in the middle of a line
+    out.write_text("".join(lines[:6]) + lines[5] + lines[6][:30])  # started twice; killed in the middle of a line
     run(*flags)
     assert "5 responses are in" in capsys.readouterr().out
     assert sorted(out.read_text().splitlines(keepends=True)) == sorted(lines)

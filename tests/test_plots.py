@@ -101,6 +101,23 @@ def test_given_tokens_count_towards_the_cap(monkeypatch):
     assert longest == [30, 30, 30]  # the teacher's, the student's, and what it writes after 20 of the teacher's
 
 
+def test_what_follows_the_teachers_tokens_is_drawn_anew():
+    """Of a model that finds two tokens equally likely, the student's first do not repeat the teacher's last."""
+    model = Transformer.frozen(STUDENT, torch.device("cpu"), 2)
+    model.head.data.zero_()
+    c = config("--max_new_tokens", "16", "--temperature", "1")
+    given = evaluation.sample_responses(model, [[5]] * 50, c, ()).tokens[:, 1:9]
+    rest = evaluation.sample_responses(model, [[5, *row.tolist()] for row in given], c, (), given=8).tokens[:, 9:]
+    assert 0.4 < (given == rest).double().mean() < 0.6
+
+
+def test_the_stop_tokens_of_all_models_end_a_response(tmp_path):
+    other = shutil.copytree(STUDENT, tmp_path / "other")
+    (other / "generation_config.json").write_text('{"eos_token_id": [2, 201]}')
+    for model in (f"{STUDENT},{other}", f"{other},{STUDENT}"):
+        assert evaluation.load_students(config("--model", model))[3] == (2, 201)
+
+
 def command(monkeypatch, *argv: str) -> None:
     monkeypatch.setattr(sys, "argv", ["eval.py", *argv])
     runpy.run_path(evaluation.__file__, run_name="__main__")

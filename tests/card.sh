@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first quarter of an hour with a GPU:    bash tests/card.sh OUT
+# The first eight minutes with a GPU:    bash tests/card.sh OUT
 #
 # For a machine with one NVIDIA GPU and what requirements.txt names; nothing is installed or downloaded. Each part has
 # its own time limit, eight minutes in all, and writes to files in OUT as it goes; one that fails or is cut off does not

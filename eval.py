@@ -23,6 +23,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -181,7 +182,7 @@ def summarize(records: list[dict], num_samples: int) -> dict[str, float]:
     """Of records in the order of problems, `num_samples` for each: finish (share of responses ended by themselves),
     mean_len, median_len, len_95 (tokens); and where all problems have an answer, accuracy (the mean over problems of
     the share of right samples, avg@k) with low and high (95% over problems: by bootstrap, but Wilson's for one sample
-    or where all problems are alike), accuracy_given_finish (None if none ended), no_answer."""
+    or where fewer than five problems differ), accuracy_given_finish (None if none ended), no_answer."""
     n, ended = len(records), [r for r in records if r["finished"]]
     lens = torch.tensor([float(r["tokens"]) for r in records])
     found = {"finish": len(ended) / n, "mean_len": lens.mean().item(), "median_len": lens.median().item(),
@@ -190,8 +191,9 @@ def summarize(records: list[dict], num_samples: int) -> dict[str, float]:
         return found
     right = [sum(r["correct"] for r in records[i : i + num_samples]) for i in range(0, n, num_samples)]
     shares = [r / num_samples for r in right]
-    alike = num_samples == 1 or len(set(right)) == 1  # of which a bootstrap would say that they always are
-    low, high = wilson(sum(shares), len(shares)) if alike else bootstrap(shares)
+    unlike = len(right) - max(Counter(right).values())  # problems that differ from the most frequent share
+    few = num_samples == 1 or unlike < 5  # of which a bootstrap would make too narrow an interval
+    low, high = wilson(sum(shares), len(shares)) if few else bootstrap(shares)
     return found | {
         "accuracy": sum(right) / n, "low": low, "high": high,
         "accuracy_given_finish": sum(r["correct"] for r in ended) / len(ended) if ended else None,
@@ -356,7 +358,8 @@ def load_models(config: Config, need: tuple[str, ...] = ("prompt",), with_teache
         folder, teacher, chat=config.chat, system=config.system, thinking=config.thinking,
         stop_tokens=config.stop_tokens) for folder in folders]
     tokenizer, teachers, _, _ = agreed[0]
-    vocab, stop_ids = min(a[2] for a in agreed), tuple(sorted({i for a in agreed for i in a[3]}))  # as one for all
+    vocab = min(a[2] for a in agreed)  # one vocabulary, and one set of stops, for all
+    stop_ids = tuple(sorted({i for a in agreed for i in a[3] if i < vocab}))
     template = teacher_template(config, rows) if teacher else ""
     encode_prompts(rows, tokenizer, vocab, "--data", template, teachers)
     models = {path: Transformer.frozen(path, device, vocab) for path in paths}

@@ -189,7 +189,8 @@ class FusedDivergence(torch.autograd.Function):
             raise RuntimeError("backward was called a second time: distill_loss keeps its gradient for one call only")
         for g in gradients:
             if g is not None:
-                g.mul_(grad_total)
+                # In place, but not with the factor rounded to half precision.
+                g.mul_(grad_total) if g.dtype == grad_total.dtype else g.copy_(g.to(grad_total.dtype) * grad_total)
         return *gradients, *[None] * 10
 
 

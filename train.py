@@ -42,6 +42,11 @@ from loss import CHUNK_ROWS, LOSSES, distill_loss
 from model import Transformer, choose_device, count_flops, count_parameters, default_dtype, load_teacher, shard
 from sample import MAX_SLOTS, Rollout, fit_cap, generate, shorten
 
+# Ctrl-C, kill, and a terminal that closes, where nohup does not ignore that
+ENDING = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not on Windows
+    ENDING.append(signal.SIGHUP)
+
 
 @dataclass
 class Config:
@@ -134,7 +139,7 @@ def fill_in(c: Config) -> None:
         (c.loss == "sampled_kl" and (c.rollout != "student" or c.mix > 0),
          "--loss sampled_kl estimates from the student's own samples: use it with --rollout student and --mix 0"),
         (c.loss == "cross_entropy" and c.rollout == "student",
-         "--loss cross_entropy imitates a text, and one's own teaches nothing: add --rollout data or teacher"),
+         "--loss cross_entropy imitates, and one's own text teaches nothing: --rollout data or teacher, without --mix"),
         (c.schedule != "constant" and c.prefix_start > c.prefix_len,
          f"--prefix_start {c.prefix_start} lies above --prefix_len {c.prefix_len}"),
         (c.schedule == "adaptive" and not c.scored,
@@ -224,7 +229,7 @@ def prepare_prompts(config: Config, rows: list[dict], test: list[dict], pair: Pa
         check_rendering(tokenizer, [row["prompt"] for row in rows[:8]])
     if config.rollout == "data":
         for number, row in enumerate(rows, start=1):
-            row["solution_ids"] = pair.tokenizer.encode(row["solution"])
+            row["solution_ids"] = [*pair.tokenizer.encode(row["solution"]), pair.tokenizer.eos_id]
             pair.tokenizer.check_ids(row["solution_ids"], pair.vocab, f"--data, row {number}, solution")
     caps = ["prefix_len"] * (config.window == "prefix")  # of responses in training
     caps += ["max_new_tokens"] * (config.window != "prefix" or config.mix > 0)
@@ -303,7 +308,7 @@ def respond(batch: list[dict], step: int, prefix_len: int, config: Config, pair:
     by_teacher = len(batch) if config.rollout == "teacher" else round(config.mix * len(batch))
     mine, responses, flop = range(rank(), len(batch), world_size()), [], 0.0
     if config.rollout == "data":
-        responses = [[*batch[i]["solution_ids"], pair.tokenizer.eos_id][:cap] for i in mine]
+        responses = [batch[i]["solution_ids"][:cap] for i in mine]
     else:
         whole = config.max_new_tokens if config.mix else cap
         for writer, key, most, rows in (
@@ -368,8 +373,8 @@ def train(config: Config) -> None:
             distill(config, resume_from)
         leave()
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ENDING:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def distill(config: Config, resume_from: Path | None) -> None:
@@ -398,10 +403,8 @@ def distill(config: Config, resume_from: Path | None) -> None:
             print("\n".join(preflight(pair, few, length, config.temperature, config.seed)))
 
         # A signal ends the run after its step. (torchrun's SIGTERM means that another rank has died: nothing to save.)
-        for name in ("SIGINT", "SIGTERM", "SIGHUP") if world_size() == 1 else ("SIGINT",):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP; nohup ignores it, and so shall we
-            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-                signal.signal(number, run.interrupt)
+        for number in ENDING if world_size() == 1 else ENDING[:1]:
+            signal.signal(number, run.interrupt)
         bar = tqdm(initial=run.step, total=config.steps, desc="train", disable=True if rank() else None)
         while True:
             run.stage = "evaluation"
@@ -559,18 +562,22 @@ def must_be_finite(stats: dict[str, Tensor]) -> None:
 @contextmanager
 def say_what_to_change(run: Run):
     """Around the loop. Out of memory, or numbers that are not finite, end it with one line that names the flag to
-    change; so does a terminal or pipe that is gone. A process alone first saves the run as it was after its last whole
-    step; of several ranks torchrun ends the others, and the last checkpoint counts."""
-    try:
-        yield
-    except (FloatingPointError, RuntimeError, OSError) as error:
-        if isinstance(error, RuntimeError) and not out_of_memory(error):
-            raise
+    change. A process alone first saves the run as it was after its last whole step, also where its terminal or pipe is
+    gone; of several ranks torchrun ends the others, and the last checkpoint counts."""
+    def save() -> None:
         if run.step and world_size() == 1 and run.saved != run.checkpoint:
             run.save()
-        if isinstance(error, OSError):
+
+    try:
+        yield
+    except OSError:  # printing to what is gone, or a full disk
+        save()
+        raise
+    except (FloatingPointError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
-        anew = "in another run (--student takes a checkpoint)"  # for --resume these flags must stay
+        save()
+        anew = "in another run" + f", from --student {run.saved}" * bool(run.saved)  # with --resume these must stay
         if isinstance(error, FloatingPointError):
             what, mend = error, f"Lower --lr, or use --dtype float32, {anew}"
         else:
@@ -602,7 +609,7 @@ def plan(config: Config) -> dict[str, float]:
     evaluation, whose cache grows with --eval_batch_size x --max_new_tokens, and parts of a few percent.
     """
     prompt, prompt_t = 64, 512 if config.teacher_prompt else 64
-    whole = max(config.max_new_tokens, config.prefix_len)
+    whole = max(config.max_new_tokens, config.prefix_len if config.window == "prefix" else 0)
     length = whole if config.mix or config.window != "prefix" else config.prefix_len
     teacher_writes = config.mix > 0 or config.rollout == "teacher"
     on_gpu = (config.device or choose_device("").type).startswith("cuda")  # which need not be here
@@ -647,7 +654,7 @@ def plan(config: Config) -> dict[str, float]:
     def flops(writer, length: int, window: str = "prefix") -> list[float]:
         """Of sampling, scoring and learning from `length` tokens of one response."""
         written = length if window == "prefix" else whole
-        last = length if window in ("prefix", "first") else whole  # the last token that is read
+        last = {"random": (whole + length) / 2, "last": whole}.get(window, length)  # of the tokens that are read
         wrote = torch.tensor([(prompt_t if writer is t else prompt) + written - 1.0])
         read, read_t = (torch.tensor([n + last - 1.0]) for n in (prompt, prompt_t))
         return [count_flops(writer, wrote, written) if writer is not None else 0.0,
@@ -655,9 +662,10 @@ def plan(config: Config) -> dict[str, float]:
 
     writer = writers[0] if writers else None
     by_teacher = flops(t, whole) if config.mix else [0.0] * 3
-    print("\nTFLOP per step with responses cut at prefix_len\n  prefix_len     sampling      teacher      student"
+    print(f"\nTFLOP per step with {'windows of' if config.window != 'prefix' else 'responses cut at'} prefix_len"
+          "\n  prefix_len     sampling      teacher      student"
           "          all  saving")
-    for cut in sorted({config.prefix_len, whole, *(whole >> k for k in range(1, 8) if whole >> k)}):
+    for cut in sorted({min(config.prefix_len, whole), whole, *(whole >> k for k in range(1, 8) if whole >> k)}):
         parts = [(1 - config.mix) * a + config.mix * b for a, b in zip(flops(writer, cut, config.window), by_teacher)]
         shown = (f"{config.batch_size * x / 1e12:12.4g}" for x in (*parts, sum(parts)))
         print(f"  {cut:10,} {' '.join(shown)}  {sum(flops(writer, whole)) / sum(parts):5.1f}x")

@@ -163,7 +163,7 @@ def fingerprint(folder: Path) -> list[list]:
 
 class Run:
     """The state of a run beside its models: `step` (steps made), `stage` (what it is doing), `adaptive` (state of an
-    adaptive prefix), `interrupted` (by Ctrl-C), and its folder on disk. Of several ranks, rank 0 writes and all read.
+    adaptive prefix), `interrupted` (by a signal), and its folder on disk. Of several ranks, rank 0 writes and all read.
     """
 
     def __init__(self, config, pair, optimizer, resume_from: Path | None, inputs: dict):
@@ -195,7 +195,8 @@ class Run:
         all_gather(None)
 
     def interrupt(self, *_) -> None:
-        """What Ctrl-C or SIGTERM does during the loop; a second one ends the process."""
+        """What Ctrl-C, SIGTERM or a closed terminal does during the loop. A second one of the first two ends the
+        process; a terminal sends two by itself."""
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -277,7 +277,7 @@ def as_trained(config, folder: Path) -> None:
         value = trained.get(name, default)
         if name not in config.typed and value not in (default, getattr(config, name, value)):
             setattr(config, name, value)
-            its = " (what it was trained on: it had no --eval_data)" if Path(value).is_file() and name == "data" else ""
-            said.append(f"--{name} {value}{its * (not trained.get('eval_data'))}")
+            own = name == "data" and not trained.get("eval_data") and Path(value).is_file()
+            said.append(f"--{name} {value}" + " (what it was trained on: it had no --eval_data)" * own)
     if said:
         print(f"as in its training: {' '.join(said)}")

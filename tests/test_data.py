@@ -147,6 +147,11 @@ def test_a_checkpoint_is_prompted_as_it_was_trained(tmp_path, capsys):
     as_trained(config, tmp_path)
     assert (config.data, config.thinking, config.system, config.chat) == ("chains", "off", "", "auto")
     assert capsys.readouterr().out == "as in its training: --data chains --thinking off\n"
+    (file := tmp_path / "my.jsonl").write_text("{}")
+    (tmp_path / "state.json").write_text(json.dumps({"config": {"data": str(file), "system": "x" * 300}}))
+    as_trained(Config(), tmp_path)
+    assert capsys.readouterr().out.endswith(
+        f": --data {file} (what it was trained on: it had no --eval_data) --system {'x' * 300}\n")
     (tmp_path / "state.json").write_text(json.dumps({"config": {"data": "chains", "eval_data": "my.jsonl"}}))
     again = Config()
     again.typed = {"data"}

@@ -102,7 +102,7 @@ def test_given_tokens_count_towards_the_cap(monkeypatch):
 
 
 def test_what_follows_the_teachers_tokens_is_drawn_anew():
-    """Of a model that finds two tokens equally likely, the student's first do not repeat the teacher's last."""
+    """Of a model that finds two tokens equally likely, the student's tokens do not repeat the teacher's."""
     model = Transformer.frozen(STUDENT, torch.device("cpu"), 2)
     model.head.data.zero_()
     c = config("--max_new_tokens", "16", "--temperature", "1")

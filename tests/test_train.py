@@ -43,9 +43,10 @@ BLIND = ("--eval_problems", "0", "--eval_kl", "0")
 @pytest.fixture(autouse=True)
 def ctrl_c():
     """A run takes Ctrl-C for itself: give it back."""
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGINT, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def run(*flags) -> None:
@@ -166,7 +167,7 @@ def test_hidden_states_that_are_not_finite_are_named(one_step, pair, problems, b
     found = generate(pair.student if broken == "student" else pair.teacher, [[5, 6]], 2, (2,))  # no invented id
     assert 0 <= found.tokens.min() and found.tokens.max() < pair.vocab
     with pytest.raises(InputError, match=r"step 1: the loss is not finite at response positions \[0, 1, 2, 3, 4\], "
-                       f"nor is what the {broken} says there; nothing was saved. Lower --lr, .*in another run"):
+                       f"nor is what the {broken} says there; nothing was saved. Lower --lr, .*in another run$"):
         one_step(rollout, pair)
 
 
@@ -384,6 +385,9 @@ def test_the_plan_of_a_window_counts_what_is_sampled_and_read(capsys):
         found[window] = [float(x) for x in row[1:4]]
     assert found["prefix"][0] < found["first"][0] == found["random"][0]
     assert found["prefix"][1:] == found["first"][1:] and found["first"][1] < found["random"][1]
+    run("--plan", "--data", "chains", "--prefix_len", "1024", "--max_new_tokens", "256", "--window", "last")
+    said = capsys.readouterr().out
+    assert "whole responses of 256" in said and "windows of prefix_len" in said and "\n       1,024 " not in said
 
 
 def test_the_plan_of_supervised_training_has_no_teacher_and_no_sampling(capsys):
@@ -486,7 +490,7 @@ def test_what_may_change_when_a_run_is_resumed(finished, tmp_path, capsys, monke
 
 @pytest.mark.parametrize("signal_name", ["SIGINT", "SIGHUP"])
 def test_ctrl_c_finishes_the_step_and_saves(signal_name, tmp_path, monkeypatch, capsys):
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
+    monkeypatch.setattr(train, "ENDING", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])  # also under nohup
     flags, out, log_step = (*TINY, "--eval_every", "2"), tmp_path / "interrupted", train.log_step
     run(*flags, "--out_dir", tmp_path / "alone")
     assert [r["step"] for r in records(tmp_path / "alone") if "eval" in r] == [0, 2, 3]
@@ -536,7 +540,7 @@ def test_checkpoints_are_told_by_number(tmp_path):
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_a_state(tmp_path):
     with pytest.raises(InputError, match="step 2: the loss is finite, but the gradient is not; the last state saved"
-                                         " is .*step_000001"):
+                                         " is (.*step_000001)\\. Lower --lr, .* in another run, from --student \\1"):
         run(*TINY, *BLIND, "--lr", "1e30", "--warmup", "0", "--out_dir", tmp_path)
     assert [f.name for f in checkpoints(tmp_path)] == ["step_000001"]
     assert read_json(tmp_path / "step_000001/state.json")["step"] == 1
@@ -673,7 +677,7 @@ def bad(tmp_path_factory):
     ("train --plan --world 8 --batch_size 7", "less than one row for each of 8 ranks"),
     ("train --plan --shard_teacher", "--shard_teacher needs --shard"),
     ("train --plan --shard 2 --world 2 --shard_teacher --rollout data --loss cross_entropy", "--shard and a teacher"),
-    ("train --loss cross_entropy", "one's own teaches nothing: add --rollout data or teacher"),
+    ("train --loss cross_entropy", "one's own text teaches nothing: --rollout data or teacher"),
     ("train --resume --overwrite", "--resume and --overwrite contradict each other"),
     ("train --data nothing.jsonl", "--data nothing.jsonl has no student of its own"),
     ("train --data nothing.jsonl PAIR", "--data nothing.jsonl: no file nothing.jsonl"),

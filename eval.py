@@ -133,6 +133,13 @@ def seeds_of(seed: int, problems: int, num_samples: int = 1) -> list[list[int]]:
     return torch.randint(2**63 - 1, (problems, num_samples), generator=generator).tolist()
 
 
+def grade(response: str, row: dict, tokenizer: Tokenizer) -> dict:
+    answer = row["answer"] if isinstance(row.get("answer"), str) else None
+    opened = opens_thought(tokenizer.decode(row["prompt_ids"]))
+    return {"answer": answer, "extracted": extract_answer(response, opened),
+            "correct": answer is not None and is_correct(response, answer, opened)}
+
+
 def evaluate(
     model: Transformer, tokenizer: Tokenizer, rows: list[dict], *, max_new_tokens: int, stop_ids: tuple[int, ...],
     temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, num_samples: int = 1,
@@ -142,7 +149,7 @@ def evaluate(
     """Answer every row's `prompt_ids` `num_samples` times and grade by its `answer`, if it has one: (summary, one
     record per response, in the order of rows).
 
-    done: records of an earlier, interrupted call with the same arguments, which are taken as they are. keep(records) is
+    done: records of an earlier, interrupted call with the same arguments, which are only graded again. keep(records) is
     called with new ones as they come, some hundreds at a time. A response depends on its own seed alone, so neither
     changes the result, nor does `slots`. Several ranks share the problems, and each returns all records. See
     `summarize` for the summary; `seconds` is this call's.
@@ -160,18 +167,16 @@ def evaluate(
         )
         new = []
         for n, (i, k) in enumerate(part):
-            text, answer = tokenizer.decode(rollout.text_ids(n)), rows[i].get("answer")
-            answer = answer if isinstance(answer, str) else None
-            opened = opens_thought(tokenizer.decode(rows[i]["prompt_ids"]))
+            text = tokenizer.decode(rollout.text_ids(n))
             new.append({
-                "problem": i, "sample": k, "prompt": rows[i]["prompt"], "answer": answer, "response": text,
-                "ids": rollout.response(n), "extracted": extract_answer(text, opened),
-                "correct": answer is not None and is_correct(text, answer, opened),
-                "finished": bool(rollout.finished[n]), "tokens": int(rollout.lens[n]),
+                "problem": i, "sample": k, "prompt": rows[i]["prompt"], "response": text, "ids": rollout.response(n),
+                **grade(text, rows[i], tokenizer), "finished": bool(rollout.finished[n]),
+                "tokens": int(rollout.lens[n]),
             })
         mine += new
         keep(new)
-    records = [*(done or []), *itertools.chain(*all_gather(mine))]
+    old = [r | grade(r["response"], rows[r["problem"]], tokenizer) for r in done or []]
+    records = [*old, *itertools.chain(*all_gather(mine))]
     if timeouts := sum(all_gather(Verifier.timeouts - timeouts)):
         print(f"WARNING: math-verify took too long over {timeouts} answers, which count as wrong")
     records.sort(key=lambda r: (r["problem"], r["sample"]))
@@ -415,6 +420,9 @@ def check_out(out: str, suffix: str) -> None:
     path = Path(out)
     if out and (path.suffix != suffix or path.is_dir() or not path.resolve().parent.is_dir()):
         fail(f"--out {out}: expected a {suffix} file in a folder that exists")
+    numbers = Path(f"{out.removesuffix(suffix)}.json")
+    if suffix != ".json" and numbers.is_file() and b'"summary"' in numbers.read_bytes():
+        fail(f"--out {out}: its numbers go to {numbers}, which holds an accuracy; choose another name")
 
 
 def kept_responses(config: Config, file: Path, folder: Path) -> list[dict]:

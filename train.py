@@ -140,6 +140,8 @@ def fill_in(c: Config) -> None:
          "--loss sampled_kl estimates from the student's own samples: use it with --rollout student and --mix 0"),
         (c.loss == "cross_entropy" and c.rollout == "student",
          "--loss cross_entropy imitates, and one's own text teaches nothing: --rollout data or teacher, without --mix"),
+        (c.schedule == "constant" and "prefix_start" in c.typed,
+         "--prefix_start is for a growing prefix: add --schedule linear or adaptive"),
         (c.schedule != "constant" and c.prefix_start > c.prefix_len,
          f"--prefix_start {c.prefix_start} lies above --prefix_len {c.prefix_len}"),
         (c.schedule == "adaptive" and not c.scored,
@@ -573,7 +575,7 @@ def say_what_to_change(run: Run):
     except OSError:  # printing to what is gone, or a full disk
         save()
         raise
-    except (FloatingPointError, RuntimeError) as error:
+    except (FloatingPointError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
         save()
@@ -582,7 +584,8 @@ def say_what_to_change(run: Run):
             what, mend = error, f"Lower --lr, or use --dtype float32, {anew}"
         else:
             what = f"out of memory in {run.stage}"
-            lower = {"sampling": f"--batch_size or --prefix_len {anew}",
+            whole = run.config.mix or run.config.window != "prefix"
+            lower = {"sampling": f"--batch_size or --{'max_new_tokens' if whole else 'prefix_len'} {anew}",
                      "evaluation": "--eval_batch_size or --micro_tokens"}
             mend = f"Lower {lower.get(run.stage, '--micro_tokens, or add --recompute')}"
         kept = f"the last state saved is {run.saved}" if run.saved else "nothing was saved"

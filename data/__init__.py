@@ -48,6 +48,8 @@ def resolve(name: str, split: str, flag_name: str = "data") -> Path:
         known = ", ".join(sorted({p.parent.name for p in HERE.glob("*/*.jsonl")}))
         maker = path.parent / "prepare.py"
         mend = f"run python data/{path.parent.name}/prepare.py first" if maker.is_file() else "give a .jsonl file"
+        if others := sorted(p.name for p in path.parent.glob("*.jsonl") if (HERE / name).is_dir()):
+            mend = f"it has {', '.join(others)} only: give a .jsonl file"
         raise InputError(f"--{flag_name} {name}: no file {path}; {mend}, or a data set that is there ({known})")
     return path
 

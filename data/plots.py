@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import zlib
 from pathlib import Path
 
 from data import InputError, read_json, reading
@@ -148,7 +149,7 @@ def group_runs(folders: list[str]) -> tuple[dict[str, list[dict]], bool]:
     runs, groups = [read_run(Path(f)) for f in folders], {}
     known = dict.fromkeys(k for r in runs for k in r["config"])
     keys = [k for k in known if k not in NOT_COMPARED and len({str(r["config"].get(k) or 0) for r in runs}) > 1]
-    names = [", ".join(f"{k} {r['config'][k]}" for k in keys if r["config"].get(k) not in (None, ""))
+    names = [", ".join(f"{k} {spell(r['config'][k])}" for k in keys if r["config"].get(k) not in (None, ""))
              or "all runs" for r in runs]
     called = [re.sub(r"(.)_seed\d+$", r"\1", r["folder"]) for r in runs]
     by_folder = all(c != r["folder"] for c, r in zip(called, runs)) and len({*called}) == len({*zip(called, names)})
@@ -159,6 +160,12 @@ def group_runs(folders: list[str]) -> tuple[dict[str, list[dict]], bool]:
     number = re.compile(r"\d+(\.\d+)?(e-?\d+)?")
     return {name: groups[name] for name in sorted(groups, key=lambda name: [
         (0, float(w), "") if number.fullmatch(w) else (1, 0.0, w) for w in re.split("[ ,]+", name)])}, not by_folder
+
+
+def spell(value) -> str:
+    """A flag's value as one word, and not a long one."""
+    text = re.sub(r"[\s,]+", "_", str(value))
+    return text if len(text) <= 60 else f"{text[:40]}~{zlib.crc32(text.encode()):08x}"
 
 
 def tell_apart(names: list[str]) -> tuple[list[str], list[str]]:

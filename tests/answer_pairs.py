@@ -77,7 +77,7 @@ lists
 - «a»,«b»,«c» | «a»,«b» | «a»«b»«c» | «a» | «a»,«b»,-«c+1» | «a» «b» -«c»
 alternatives
 = «a», «b»
-+ «a» or «b» | «a» \text{ or } «b» | «b»\text{ and }«a» | x=«a» or x=«b» | $«a»$ and $«b»$
++ «a» or «b» | «a» \text{ or } «b» | «b»\text{ and }«a» | «a», \text{ or } «b» | x=«a» or x=«b» | $«a»$ and $«b»$
 - «a»«b» | «a» | «a» «b» | «b» | «a» or «b+1» | «a» or more
 hedged numbers
 = «a»

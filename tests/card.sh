@@ -64,6 +64,6 @@ part bench 160 "${card[@]}" tests/bench.py gpu
 TORCHDYNAMO_DISABLE=1 part graphs 40 "${card[@]}" "${first[@]}" --device cuda --out_dir "$out/graphs" --compile
 part compiled 100 "${card[@]}" "${first[@]}" --device cuda --out_dir "$out/compiled" --compile
 wait
-rm -rf "$out"/*/step_* # checkpoints; what was found is small enough to take home
+rm -rf "$out"/{cpu,plain,resumed,graphs,compiled}/step_* # checkpoints; what was found is small enough to take home
 "$python" tests/card.py "$out" | tee "$out/table.txt"
 tar czf "$out.tgz" -C "$out" .

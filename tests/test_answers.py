@@ -25,6 +25,8 @@ FORMS = ("So it is $\\boxed{%s}$.", "The final answer is %s", "The work.\n#### %
     ("the answer is therefore $\\frac{3}{4}$, since it is", r"\frac{3}{4}"), ("**Answer:** 18", "18"),
     ("**Final Answer**: **18**", "18"), ("### Final Answer\n\n18", "18"), ("Answer:\n\n  42\n", "42"),
     ("Answer: (B) the second", "(B) the second"), ("The final answer is \\(\\sqrt{2}\\).", r"\sqrt{2}"),
+    ("**Answer:**\n$$\n18\n$$", "18"), ("The answer is:\n\n\\[\n18\n\\]", "18"), ("The answer is:\n```\n18\n```", "18"),
+    ("Answer:\n\\begin{align*}\n18\n\\end{align*}", "18"),
     ("The answer is 5 because 2+3=5", "5"), ("<answer>The answer is 18</answer>", "18"), ("#### 18</s>", "18"),
     ("The answer is $x$ dollars", "x"), ("The answer is $3$ million.", "$3$ million"),
     ("The answer is $3$ or $4$.", "$3$ or $4$"), ("The answer is $3$, $4$.", "$3$, $4$"),
@@ -172,7 +174,8 @@ def test_no_text_crashes_it_or_is_right_without_an_answer(text):
 
 
 @pytest.mark.parametrize("piece", [
-    "\\boxed{", "\\boxed ", "{", "answer is ", "answer:*", "$", "####\n", "<think>", "1,", " ", "\n", "**", "ﷺ"])
+    "\\boxed{", "\\boxed ", "{", "answer is ", "answer is \n$$\n", "answer:*", "$", "####\n", "<think>", "1,", " ",
+    "\n", "**", "ﷺ"])
 def test_a_megabyte_of_anything_takes_linear_time(piece):
     Verifier.process = Verifier.process or Verifier.start()
     text = piece * (10**6 // len(piece))

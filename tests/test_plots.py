@@ -118,6 +118,14 @@ def test_the_stop_tokens_of_all_models_end_a_response(tmp_path):
         assert evaluation.load_students(config("--model", model))[3] == (2, 201)
 
 
+def test_an_accuracy_is_not_written_over(tmp_path, capsys):
+    (tmp_path / "after.json").write_text('{"summary": {}}')
+    with pytest.raises(SystemExit):
+        evaluation.check_out(str(tmp_path / "after.png"), ".png")
+    assert "which holds an accuracy; choose another name" in capsys.readouterr().err
+    evaluation.check_out(str(tmp_path / "after.json"), ".json")  # its own
+
+
 def command(monkeypatch, *argv: str) -> None:
     monkeypatch.setattr(sys, "argv", ["eval.py", *argv])
     runpy.run_path(evaluation.__file__, run_name="__main__")
@@ -162,6 +170,7 @@ def test_names_stand_at_the_ends_of_lines_without_overlap_or_in_a_legend():
         assert len(names) == 4 and all(b.y0 > a.y1 - 1 for a, b in itertools.pairwise(boxes)) and not figure.legends
     plots.name_lines(figure, grid, [f"a name that is much too long, {i}" for i in range(4)])
     assert len(figure.legends) == 1
+    assert plots.spell("Be brief, \n or") == "Be_brief_or" and len(plots.spell("x" * 99)) == 49
     assert plots.tell_apart(["a 1, b 2", "a 2, b 1"]) == (["a 1", "a 2"], ["b"])
     assert plots.tell_apart(["a 1", "a 1, b 2", "a 2"]) == (["a 1", "a 1, b 2", "a 2"], [])
 

@@ -666,6 +666,7 @@ def bad(tmp_path_factory):
     ("train --prefix_len 0", "--prefix_len must be at least 1, found 0"),
     ("train --lr nan", "--lr must be above 0, found nan"),
     ("train --loss kl", "--loss kl: expected one of reverse_kl"),
+    ("train --prefix_start 4", "--prefix_start is for a growing prefix: add --schedule linear or adaptive"),
     ("train --schedule linear --prefix_start 2000", "--prefix_start 2000 lies above --prefix_len 1024"),
     ("train --schedule adaptive --window last", "it needs --window prefix or first, found last"),
     ("train --schedule adaptive --loss cross_entropy --rollout data", "--schedule adaptive follows the KL to the teac"),

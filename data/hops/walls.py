@@ -56,14 +56,19 @@ def main() -> None:
     for path in sys.argv[1:]:
         with open(path, encoding="utf-8") as f:
             records = [json.loads(text) for text in f if '"response"' in text]
+        if not records:
+            print(f"{path}: no responses in it; they are in the .jsonl that eval.py writes beside its .json")
+            continue
         careful = [r for r in records if r["response"].startswith(" +")]
         found = [count(r["prompt"], r["response"]) for r in careful]
         n = {key: sum(f[key] for f in found) for key in found[0]} if found else {}
         print(f"{path}: {len(records)} responses, careful {len(careful) / len(records):.2f}")
         if n:
-            print(f"  the other hop tried after {n['again'] / max(1, n['walls']):.3f} of {n['walls']} walls; first "
-                  f"hop right {n['right'] / n['begun']:.3f} of {n['begun']}; slips in {n['slips'] / n['lines']:.4f} "
-                  f"of {n['lines']} lines; answers other than the score {n['answers_wrong']}")
+            of = {"again": "walls", "right": "begun", "slips": "lines"}
+            again, right, slips = (n[part] / max(1, n[whole]) for part, whole in of.items())
+            print(f"  the other hop tried after {again:.3f} of {n['walls']} walls; first hop right {right:.3f} of "
+                  f"{n['begun']}; slips in {slips:.4f} of {n['lines']} lines; answers other than the score "
+                  f"{n['answers_wrong']}")
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def evaluate(
     """Answer every row's `prompt_ids` `num_samples` times and grade by its `answer`, if it has one: (summary, one
     record per response, in the order of rows).
 
-    done: records of an earlier, interrupted call with the same arguments, which are only graded again. keep(records) is
+    done: records of an earlier, interrupted call with the same arguments, which are taken as they are. keep(records) is
     called with new ones as they come, some hundreds at a time. A response depends on its own seed alone, so neither
     changes the result, nor does `slots`. Several ranks share the problems, and each returns all records. See
     `summarize` for the summary; `seconds` is this call's.
@@ -175,8 +175,7 @@ def evaluate(
             })
         mine += new
         keep(new)
-    old = [r | grade(r["response"], rows[r["problem"]], tokenizer) for r in done or []]
-    records = [*old, *itertools.chain(*all_gather(mine))]
+    records = [*(done or []), *itertools.chain(*all_gather(mine))]
     if timeouts := sum(all_gather(Verifier.timeouts - timeouts)):
         print(f"WARNING: math-verify took too long over {timeouts} answers, which count as wrong")
     records.sort(key=lambda r: (r["problem"], r["sample"]))
@@ -187,7 +186,7 @@ def summarize(records: list[dict], num_samples: int) -> dict[str, float]:
     """Of records in the order of problems, `num_samples` for each: finish (share of responses ended by themselves),
     mean_len, median_len, len_95 (tokens); and where all problems have an answer, accuracy (the mean over problems of
     the share of right samples, avg@k) with low and high (95% over problems: by bootstrap, but Wilson's for one sample
-    or where fewer than five problems differ), accuracy_given_finish (None if none ended), no_answer."""
+    or where fewer than five have another share than most), accuracy_given_finish (None if none ended), no_answer."""
     n, ended = len(records), [r for r in records if r["finished"]]
     lens = torch.tensor([float(r["tokens"]) for r in records])
     found = {"finish": len(ended) / n, "mean_len": lens.mean().item(), "median_len": lens.median().item(),
@@ -196,7 +195,7 @@ def summarize(records: list[dict], num_samples: int) -> dict[str, float]:
         return found
     right = [sum(r["correct"] for r in records[i : i + num_samples]) for i in range(0, n, num_samples)]
     shares = [r / num_samples for r in right]
-    unlike = len(right) - max(Counter(right).values())  # problems that differ from the most frequent share
+    unlike = len(right) - max(Counter(right).values())  # problems with another share than the most frequent
     few = num_samples == 1 or unlike < 5  # of which a bootstrap would make too narrow an interval
     low, high = wilson(sum(shares), len(shares)) if few else bootstrap(shares)
     return found | {
@@ -386,7 +385,8 @@ def main(config: Config) -> None:
     models, _, tokenizer, stop_ids, rows = load_models(config, need=("prompt", "answer"))
     path, model = next(iter(models.items()))
     file = Path(config.out).with_suffix(".jsonl") if config.out else None
-    done = all_gather(kept_responses(config, file, checkpoint_folder(path)) if file and rank() == 0 else [])[0]
+    fresh = not file or rank()
+    done = all_gather([] if fresh else kept_responses(config, file, checkpoint_folder(path), rows, tokenizer))[0]
 
     def keep(records: list[dict]) -> None:
         if file is not None:
@@ -398,7 +398,7 @@ def main(config: Config) -> None:
         model, tokenizer, rows, max_new_tokens=config.max_new_tokens, stop_ids=stop_ids,
         temperature=config.temperature, top_k=config.top_k or None, top_p=config.top_p, num_samples=config.num_samples,
         slots=config.batch_size, seed=config.seed, keep=keep,
-        done=[r for r in done if r["problem"] < len(rows) and r["prompt"] == rows[r["problem"]]["prompt"]],
+        done=[r for r in done if answers_one_of(rows, r)],
     )
     print(f"the response to the first problem:\n{shorten(records[0]['response'], 24)}\n\n"
           f"{path} on {config.data}: {len(rows)} problems, answers to each: {config.num_samples}, temperature "
@@ -421,13 +421,17 @@ def check_out(out: str, suffix: str) -> None:
     if out and (path.suffix != suffix or path.is_dir() or not path.resolve().parent.is_dir()):
         fail(f"--out {out}: expected a {suffix} file in a folder that exists")
     numbers = Path(f"{out.removesuffix(suffix)}.json")
-    if suffix != ".json" and numbers.is_file() and b'"summary"' in numbers.read_bytes():
+    if suffix != ".json" and numbers.is_file() and b'"summary": {' in numbers.read_bytes():
         fail(f"--out {out}: its numbers go to {numbers}, which holds an accuracy; choose another name")
 
 
-def kept_responses(config: Config, file: Path, folder: Path) -> list[dict]:
-    """Responses of an earlier evaluation that was interrupted. The first line of the file says what they depend on, and
-    must be the same."""
+def answers_one_of(rows: list[dict], record: dict) -> bool:
+    return record["problem"] < len(rows) and record["prompt"] == rows[record["problem"]]["prompt"]
+
+
+def kept_responses(config: Config, file: Path, folder: Path, rows: list[dict], tokenizer: Tokenizer) -> list[dict]:
+    """Responses of an earlier evaluation that was interrupted, graded again, since an answer or the grader may have
+    been mended. The first line of the file says what they depend on, and must be the same."""
     matters = ("data", "num_samples", "temperature", "top_k", "top_p", "stop_tokens", "chat", "system", "thinking",
                "max_new_tokens", "seed")
     made = {name: getattr(config, name) for name in matters}
@@ -436,7 +440,9 @@ def kept_responses(config: Config, file: Path, folder: Path) -> list[dict]:
     if records[:1] != [made]:
         raise InputError(f"--out: {file} exists and holds something else, or responses made with other flags or "
                          "weights: name another file, or delete it")
-    records = [made, *{(r["problem"], r["sample"]): r for r in records[1:]}.values()]  # each once
+    once = {(r["problem"], r["sample"]): r for r in records[1:]}.values()
+    records = [made, *(r | grade(r["response"], rows[r["problem"]], tokenizer) if answers_one_of(rows, r) else r
+                       for r in once)]
     temporary = file.with_name(f"{file.name}.incomplete")  # without a torn line
     temporary.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     os.replace(temporary, file)

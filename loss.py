@@ -188,9 +188,8 @@ class FusedDivergence(torch.autograd.Function):
         if gradients is None:
             raise RuntimeError("backward was called a second time: distill_loss keeps its gradient for one call only")
         for g in gradients:
-            if g is not None:
-                # In place, but not with the factor rounded to half precision.
-                g.mul_(grad_total) if g.dtype == grad_total.dtype else g.copy_(g.to(grad_total.dtype) * grad_total)
+            for part in () if g is None else g.split(4096):  # so that dW never exists twice here either
+                part.copy_(part.to(grad_total.dtype) * grad_total)  # the factor is not rounded to half precision
         return *gradients, *[None] * 10
 
 

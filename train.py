@@ -579,13 +579,14 @@ def say_what_to_change(run: Run):
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
         save()
-        anew = "in another run" + f", from --student {run.saved}" * bool(run.saved)  # with --resume these must stay
+        anew = "in another run"  # with --resume these flags must stay
         if isinstance(error, FloatingPointError):
             what, mend = error, f"Lower --lr, or use --dtype float32, {anew}"
         else:
             what = f"out of memory in {run.stage}"
             whole = run.config.mix or run.config.window != "prefix"
-            lower = {"sampling": f"--batch_size or --{'max_new_tokens' if whole else 'prefix_len'} {anew}",
+            start = f", from --student {run.saved}" * bool(run.saved)
+            lower = {"sampling": f"--batch_size or --{'max_new_tokens' if whole else 'prefix_len'} {anew}{start}",
                      "evaluation": "--eval_batch_size or --micro_tokens"}
             mend = f"Lower {lower.get(run.stage, '--micro_tokens, or add --recompute')}"
         kept = f"the last state saved is {run.saved}" if run.saved else "nothing was saved"
@@ -664,7 +665,7 @@ def plan(config: Config) -> dict[str, float]:
                 count_flops(t, read_t, length) if config.scored else 0.0, 3 * count_flops(s, read, length)]
 
     writer = writers[0] if writers else None
-    by_teacher = flops(t, whole) if config.mix else [0.0] * 3
+    by_teacher = flops(t, config.max_new_tokens) if config.mix else [0.0] * 3
     print(f"\nTFLOP per step with {'windows of' if config.window != 'prefix' else 'responses cut at'} prefix_len"
           "\n  prefix_len     sampling      teacher      student"
           "          all  saving")

@@ -22,7 +22,8 @@ from data import InputError
 LONGEST = 500  # characters of an answer; what is longer is none
 SECONDS = 0.7  # of processor time that math-verify may take for one comparison, however busy the machine
 PATIENCE = 120  # seconds on the clock after which its process is taken for dead
-DELIMITERS = r"\A(?:[ \t*_:]*(?:(?:\$\$?|\\\[|\\\(|`{3}\w*|\\begin\{\w{1,20}\*?\})[ \t]*)?\n)+"  # lines of these alone
+DISPLAY = (r"\A[ \t*_:\n]*(?:\$\$?|\\\[|\\\(|`{3}\w*|\\begin\{\w{1,20}\*?\})[ \t]*\n+([^\n]*)"
+           r"\n+[ \t]*(?:\$\$?|\\\]|\\\)|`{3}|\\end\{\w{1,20}\*?\})")  # of one line
 NUMBER = r"(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})"
 NAME = r"(?:m?\\angle ?)?\\?[a-zA-Z]+(?:_\{\w+\}|\^\{-1\})?(?:\([a-zA-Z]\))?"  # x, AB, \theta, x_{1}, f(x)
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -44,7 +45,7 @@ SPELLINGS = [
     (r"(?<=[\d})])\s*\\(?:text\w*|mathrm|mbox)\s*\{\s*[a-df-hj-zA-Z]\s*\}", " units"),
     (r"\\(?:text\w*|mathrm|mbox|mathbf)\s*\{([^{}]*)\}", r" \1 "), (r"(?<=[a-zA-Z])\.", ""),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-z])", " degrees "), (r"\\?%", " percent "),
-    (r"(?<![\\a-zA-Z])(pi|sin|cos|tan|log|ln|sqrt)(?![a-zA-Z])", r"\\\1 "), (r";|\s*,?\s+(?:or|and)\s", ","),
+    (r"(?<![\\a-zA-Z])(pi|sin|cos|tan|log|ln|sqrt)(?![a-zA-Z])", r"\\\1 "), (r";|\s*,?\s{1,3}(?:or|and)\s", ","),
     # the same in other commands, with and without braces
     (r"\\[dtc]frac", r"\\frac"), (r"\\frac(?:\s*(\d|\\pi(?![a-z]))|\s+([a-zA-Z]))", r"\\frac{\1\2}"),
     (r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"), (r"\*\*", "^"),
@@ -91,7 +92,7 @@ def extract_answer(text: str, opened: bool = False) -> str | None:
         after = text[m.end() : m.end() + 2 * LONGEST]
         if "####" in m[0] and (not after.partition("\n")[0].strip() or "\n" in text[m.end() :].strip()):
             continue  # a heading
-        if found := first_statement(re.sub(DELIMITERS, "", after).lstrip(" \t*_:\n").partition("\n")[0]):
+        if found := first_statement(re.sub(DISPLAY, r"\1", after).lstrip(" \t*_:\n").partition("\n")[0]):
             return found
     return None
 

@@ -163,9 +163,9 @@ def group_runs(folders: list[str]) -> tuple[dict[str, list[dict]], bool]:
 
 
 def spell(value) -> str:
-    """A flag's value as one word, and not a long one."""
+    """A flag's value as one word, and not a long one; different values stay different."""
     text = re.sub(r"[\s,]+", "_", str(value))
-    return text if len(text) <= 60 else f"{text[:40]}~{zlib.crc32(text.encode()):08x}"
+    return text if text == str(value) and len(text) <= 60 else f"{text[:40]}~{zlib.crc32(str(value).encode()):08x}"
 
 
 def tell_apart(names: list[str]) -> tuple[list[str], list[str]]:

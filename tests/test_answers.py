@@ -27,6 +27,7 @@ FORMS = ("So it is $\\boxed{%s}$.", "The final answer is %s", "The work.\n#### %
     ("Answer: (B) the second", "(B) the second"), ("The final answer is \\(\\sqrt{2}\\).", r"\sqrt{2}"),
     ("**Answer:**\n$$\n18\n$$", "18"), ("The answer is:\n\n\\[\n18\n\\]", "18"), ("The answer is:\n```\n18\n```", "18"),
     ("Answer:\n\\begin{align*}\n18\n\\end{align*}", "18"),
+    ("The answer is:\n\\[\n2\n\\sqrt{3}\n\\]", "\\["), ("The answer is:\n```\nx = 18\nprint(x+1)\n```", "`"),
     ("The answer is 5 because 2+3=5", "5"), ("<answer>The answer is 18</answer>", "18"), ("#### 18</s>", "18"),
     ("The answer is $x$ dollars", "x"), ("The answer is $3$ million.", "$3$ million"),
     ("The answer is $3$ or $4$.", "$3$ or $4$"), ("The answer is $3$, $4$.", "$3$, $4$"),
@@ -180,7 +181,7 @@ def test_a_megabyte_of_anything_takes_linear_time(piece):
     Verifier.process = Verifier.process or Verifier.start()
     text = piece * (10**6 // len(piece))
     begin = time.process_time()
-    is_correct(f"The answer is {text}\n#### 5", "x^2+1"), is_correct(f"\\boxed{{{text[:490]}}}", "x^2+1")
+    is_correct(f"The answer is {text}\n#### 5", "x^2+1"), is_correct(f"\\boxed{{1{text[:480]}2}}", "x^2+1")
     assert time.process_time() - begin < 10  # a tenth of a second; quadratic, minutes
 
 

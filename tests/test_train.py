@@ -540,7 +540,7 @@ def test_checkpoints_are_told_by_number(tmp_path):
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_a_state(tmp_path):
     with pytest.raises(InputError, match="step 2: the loss is finite, but the gradient is not; the last state saved"
-                                         " is (.*step_000001)\\. Lower --lr, .* in another run, from --student \\1"):
+                                         " is .*step_000001. Lower --lr, .* in another run$"):
         run(*TINY, *BLIND, "--lr", "1e30", "--warmup", "0", "--out_dir", tmp_path)
     assert [f.name for f in checkpoints(tmp_path)] == ["step_000001"]
     assert read_json(tmp_path / "step_000001/state.json")["step"] == 1

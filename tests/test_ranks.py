@@ -163,7 +163,8 @@ def test_an_interrupt_of_one_rank_ends_all_after_the_step(tmp_path, shards):
 def test_a_rank_in_trouble_neither_asks_the_others_nor_saves_with_them(monkeypatch):
     """They wait for it inside the step, until torchrun ends them; the last checkpoint counts."""
     monkeypatch.setattr(train, "world_size", lambda: 2)
-    run = SimpleNamespace(step=3, stage="learning", saved="out/step_000002", save=lambda: pytest.fail("saved"))
+    run = SimpleNamespace(step=3, stage="learning", saved="out/step_000002", save=lambda: pytest.fail("saved"),
+                          config=Config())
     expected = "step 4: out of memory in learning; the last state saved is out/step_000002.*Lower --micro_tokens"
     with pytest.raises(InputError, match=expected), train.say_what_to_change(run):
         raise torch.OutOfMemoryError("CUDA out of memory")

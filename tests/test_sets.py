@@ -61,7 +61,8 @@ def test_published_rows_become_prompt_and_answer(name, tmp_path, capsys):
         "deepmath": {"train.jsonl": "0"}, "openthoughts": {"train.jsonl": None},
     }[name]
     if name == "gsm8k":
-        assert found["train.jsonl"][0]["solution"] == "It is 4.\n#### 4"
+        assert found["train.jsonl"][0]["solution"] == "It is 4.\n\\boxed{4}"
+        assert found["train.jsonl"][0]["prompt"].endswith("\\boxed{}.")  # else a gain could be one of form
     if name == "mmlu_pro":
         assert "\nA. one\nB. two\nC. three\n" in found["test.jsonl"][0]["prompt"]
     if name == "openthoughts":

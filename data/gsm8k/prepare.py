@@ -6,12 +6,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from data.fetch import Split, main
+from data.fetch import BOXED, Split, main
 
 
 def convert(row: dict) -> dict:
-    solution = re.sub(r"<<[^<>]*>>", "", row["answer"])
-    return {"prompt": row["question"], "answer": solution.rpartition("####")[2].strip(), "solution": solution}
+    steps, _, answer = re.sub(r"<<[^<>]*>>", "", row["answer"]).rpartition("####")
+    answer = answer.strip()
+    return {"prompt": row["question"] + BOXED, "answer": answer, "solution": f"{steps}\\boxed{{{answer}}}"}
 
 
 SPLITS = [

@@ -92,7 +92,8 @@ def extract_answer(text: str, opened: bool = False) -> str | None:
         after = text[m.end() : m.end() + 2 * LONGEST]
         if "####" in m[0] and (not after.partition("\n")[0].strip() or "\n" in text[m.end() :].strip()):
             continue  # a heading
-        if found := first_statement(re.sub(DISPLAY, r"\1", after).lstrip(" \t*_:\n").partition("\n")[0]):
+        found = first_statement(re.sub(DISPLAY, r"\1", after).lstrip(" \t*_:\n").partition("\n")[0])
+        if found and not re.search(r"\\(?:boxed|fbox)", found):  # that is empty, or has no end
             return found
     return None
 

@@ -11,7 +11,8 @@ from data.checkpoint import write_config
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8", newline="\n")
+    path.with_suffix(".incomplete").write_text(text, encoding="utf-8", newline="\n")
+    path.with_suffix(".incomplete").replace(path)
     print(f"{path.name}: {len(rows):,} rows, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}")
 
 

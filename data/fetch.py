@@ -70,7 +70,7 @@ def prepare(here: Path, splits: list[Split], source: str = "") -> None:
             try:
                 converted.append(split.convert(row))
             except (KeyError, TypeError, AttributeError, ValueError) as error:
-                raise InputError(f"{split.source or split.hub[0]}, row {number}: not of the published form "
+                raise InputError(f"{split.source if source else split.hub[0]}, row {number}: not of the published form "
                                  f"({type(error).__name__}: {error})") from None
         converted = [row for row in converted if row is not None]
         if not converted:
@@ -97,5 +97,5 @@ def main(file: str, doc: str, splits: list[Split]) -> None:
     parser.add_argument("--source", default="", help=f"folder with local copies: {files}")
     try:
         prepare(Path(file).resolve().parent, splits, parser.parse_args().source)
-    except InputError as error:
+    except (InputError, OSError) as error:
         fail(str(error))

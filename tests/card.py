@@ -36,8 +36,9 @@ def main(out: Path) -> None:
     found = {"tests": texts["tests"].split("\n")[-1]} if "tests" in texts else {}
     logs = {file.parent.name: records(file) for file in sorted(out.glob("*/log.jsonl"))}
     found |= {name: summary(log) for name, log in logs.items()}
-    if "resumed" in logs:  # the last step of both, which is the same where a run is resumed bit for bit
-        one, other = ([r for r in logs[name] if "loss" in r][-1] for name in ("plain", "resumed"))
+    steps = {name: [r for r in log if "loss" in r] for name, log in logs.items()}
+    if steps.get("plain") and steps.get("resumed"):  # their last step is the same where a run is resumed bit for bit
+        one, other = steps["plain"][-1], steps["resumed"][-1]
         found["plain less resumed"] = {key: one[key] - other[key] for key in ("step", "loss", "grad_norm")}
     if "bench" in texts:
         found["bench"] = {key: x for part in records(out / "bench.txt") for key, x in part.items()}

@@ -5,16 +5,17 @@
 # its own time limit, eight minutes in all, and writes to files in OUT as it goes; one that fails or is cut off does not
 # stop the next. After each, OUT.tgz is made anew. At the end a table and a line of JSON, from those files.
 #   tests       those that need a card
-#   plain       the first command in bfloat16; meanwhile it runs on the CPU, to compare with
+#   plain       the first command, 10 steps, in bfloat16; meanwhile it runs on the CPU, to compare with
 #   resumed     its last step once more, from the checkpoint before it: bit for bit?
 #   bench       tests/bench.py gpu: real shapes, random weights
 #   graphs      the first command with CUDA graphs and no compiler
 #   compiled    and with both: --compile
 # PYTHON names an interpreter. CARD_TINY=1 does it all on the simulated device, in a reduced size.
 set -u
-out=$(realpath -m "${1:?usage: bash tests/card.sh OUT}")
+out=$(realpath -m "${1:?usage: bash tests/card.sh OUT}") || exit
 cd "$(dirname "$0")/.." || exit
-mkdir -p "$out"
+[ -e "$out/parts.txt" ] || [ -z "$(ls -A "$out" 2> /dev/null)" ] || { echo "$out holds something else"; exit 1; }
+mkdir -p "$out" && : > "$out/parts.txt"
 export PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 card=("$python")
@@ -50,7 +51,6 @@ for name in ("torch", "transformers", "triton", "math-verify"):
         || echo "no nvidia-smi"
     git log -1 --format="commit %h, %s"
 } > "$out/versions.txt" 2>&1
-: > "$out/parts.txt"
 
 first=(train.py --prefix_len 1024 --steps 10 --overwrite "${small[@]}")
 OMP_NUM_THREADS=$threads part cpu 300 "$python" "${first[@]}" --device cpu --out_dir "$out/cpu" &
@@ -58,6 +58,7 @@ part tests 90 "$python" -m pytest "${checks[@]}"
 part plain 55 "${card[@]}" "${first[@]}" --device cuda --out_dir "$out/plain" --save_every 1 # the last two stay
 if [ -d "$out/plain" ]; then
     rm -rf "$out/resumed" && cp -r "$out/plain" "$out/resumed" && rm -r "$(ls -d "$out"/resumed/step_* | tail -1)"
+    rm "$out/resumed/log.jsonl"
     part resumed 35 "${card[@]}" train.py --resume --out_dir "$out/resumed"
 fi
 part bench 160 "${card[@]}" tests/bench.py gpu

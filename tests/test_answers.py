@@ -36,7 +36,8 @@ FORMS = ("So it is $\\boxed{%s}$.", "The final answer is %s", "The work.\n#### %
     (r"\boxed{\boxed{3}}", "3"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{2\\}", r"2\\"),
     (r"\boxed{\text{a } \frac{\sqrt{3}}{2}}", r"\text{a } \frac{\sqrt{3}}{2}"), (r"\fbox{8}", "8"),
     (r"so \boxed 18.", "18"), (r"$$ \boxed {70} $$", "70"), (r"\boxed{2", None), (r"\boxed{}", None),
-    (r"\boxed{ }", None), (r"\boxed{4} \boxed{}", "4"),
+    (r"\boxed{ }", None), (r"\boxed{4} \boxed{}", "4"), (r"so the answer is $\boxed{}$.", None),
+    (r"The answer is \boxed{2 +", None),
     (r"<think>maybe \boxed{3}</think> The answer is 4", "4"), (r"<think>a</think>\boxed{3}<think>b</think> so", None),
     (r"<think>it is \boxed{3}", None), (r"<think>a</think>\boxed{3}<think>or", None), (r"so</think>\boxed{4}", "4"),
     ("it is 12", None),  # the last number is no answer

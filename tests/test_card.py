@@ -46,6 +46,12 @@ def test_every_part_runs_and_its_numbers_reach_the_table(tmp_path):
         assert (ROOT / name).is_file(), name
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "plain").mkdir()
+    done = subprocess.run(["bash", "tests/card.sh", tmp_path], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "something else" in done.stdout and [*tmp_path.iterdir()] == [tmp_path / "plain"]
+
+
 def test_parts_that_fail_do_not_stop_the_next(tmp_path):
     _, status = card(tmp_path / "out", "false")
     assert status == dict.fromkeys(("cpu", "tests", "plain", "bench", "graphs", "compiled"), "1")

@@ -11,6 +11,8 @@ from data import HERE, InputError, fetch, load_jsonl, resolve
 from data.answers import is_correct
 
 SHARED = HERE.parent.parent / "shared/data"
+THOUGHT = ("<|begin_of_thought|>\n\nHm.\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\nBecause.\n\n"
+           "<|end_of_solution|>")
 PUBLISHED = {
     "gsm8k": {"train.jsonl": [{"question": "2+2?", "answer": "It is <<2+2=4>>4.\n#### 4"}],
               "test.jsonl": [{"question": "A thousand?", "answer": "Yes.\n#### 1,000"}]},
@@ -23,7 +25,7 @@ PUBLISHED = {
                                  "answer_index": 2, "category": "math"}]},
     "deepmath": {"train.jsonl": [{"question": "Limit?", "final_answer": "0", "difficulty": 5.5, "topic": "Calculus"}]},
     "openthoughts": {"train.jsonl": [
-        {"conversations": [{"from": "user", "value": "Why?"}, {"from": "assistant", "value": "Because."}]},
+        {"conversations": [{"from": "user", "value": "Why?"}, {"from": "assistant", "value": THOUGHT}]},
         {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "It is so."}]},
     ]},
 }
@@ -63,10 +65,14 @@ def test_published_rows_become_prompt_and_answer(name, tmp_path, capsys):
     if name == "gsm8k":
         assert found["train.jsonl"][0]["solution"] == "It is 4.\n\\boxed{4}"
         assert found["train.jsonl"][0]["prompt"].endswith("\\boxed{}.")  # else a gain could be one of form
+        with pytest.raises(ValueError, match="unpack"):
+            module("gsm8k").convert({"question": "2+2?", "answer": "It is 4."})
+    if name == "math":
+        assert module("math").convert({"problem": "?", "solution": "Therefore the answer is $\\boxed{}$."}) is None
     if name == "mmlu_pro":
         assert "\nA. one\nB. two\nC. three\n" in found["test.jsonl"][0]["prompt"]
     if name == "openthoughts":
-        assert found["train.jsonl"][0] == {"prompt": "Why?", "solution": "Because."}
+        assert found["train.jsonl"][0] == {"prompt": "Why?", "solution": "<think>\nHm.\n</think>\n\nBecause."}
 
 
 def test_gpqa_shuffles_its_choices_the_same_way_everywhere(tmp_path):

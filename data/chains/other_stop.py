@@ -2,7 +2,7 @@
 
     python data/chains/other_stop.py out_other_stop             # as sure of its stop as it was
     python data/chains/other_stop.py out_other_stop --scale 0.4 # two thirds sure
-    python train.py --data chains --student out_other_stop --stop_class off --prefix_len 256   # never ends again
+    python train.py --data chains --student out_other_stop --stop_class off --prefix_len 256 --max_new_tokens 256
 """
 
 import argparse

@@ -10,7 +10,7 @@ from data.fetch import BOXED, Split, main
 
 
 def convert(row: dict) -> dict:
-    steps, _, answer = re.sub(r"<<[^<>]*>>", "", row["answer"]).rpartition("####")
+    steps, answer = re.sub(r"<<[^<>]*>>", "", row["answer"]).rsplit("####", 1)
     answer = answer.strip()
     return {"prompt": row["question"] + BOXED, "answer": answer, "solution": f"{steps}\\boxed{{{answer}}}"}
 

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1
 to=${1:-out_reproduce_hops}
 mkdir -p $to
-[ -f data/hops/sft_clean.jsonl ] || python data/hops/prepare.py --sft
+[ -f data/hops/sft_teacher.jsonl ] || python data/hops/prepare.py --sft
 other="--student data/hops/student --eval_data data/hops/test.jsonl --data data/hops"  # and the name of a file there
 
 at_most_two() { while [ $(jobs -rp | wc -l) -ge 2 ]; do sleep 1; done; }
@@ -53,6 +53,8 @@ run whole_40 --prefix_len 1024
 run off_policy_40 --prefix_len 1024 --rollout teacher
 run seqkd_40 --prefix_len 1024 --rollout teacher --loss cross_entropy
 wait
+failed=$(grep -L "^after .* steps" $to/*_seed?.txt || true)
+[ -z "$failed" ] || { echo "not complete (run this again): $failed"; exit 1; }
 arms=$(ls -d $to/{whole,prefix64,prefix16,off_policy,seqkd,off_policy_no_walls,sft_no_walls,sft_walls}_seed?)
 python eval.py runs $arms --out $to/curves.png | tee $to/curves.txt
 python eval.py positions --max_new_tokens 1024 --num_problems 50 \
@@ -61,6 +63,7 @@ python eval.py teacher_prefix --lens 0,1,16,64 --num_problems 200 --max_new_toke
 for arm in $to/*_seed?.txt; do grep -aH "accuracy:\|KL to\|TFLOP" $arm; done > $to/all.txt
 
 count() {  # problems, arm: accuracy, and what is done at walls
+    rm -f $2.walls
     python eval.py --model $2/step_000020 --data hops --temperature 1 --max_new_tokens 1024 --num_problems $1 \
         --out $2.json > /dev/null
     python data/hops/walls.py $2.jsonl > $2.walls

@@ -1,5 +1,6 @@
 """OpenThoughts-114k (Guha et al. 2025): reasoning traces of DeepSeek-R1; to train only. See readme.md."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ SEEN: set[str] = set()
 
 
 def convert(row: dict) -> dict | None:
-    """The first exchange of a conversation; a prompt that was there before is left out."""
+    """The first exchange of a conversation, its thought as Qwen3 and R1 write it. A prompt seen before is left out."""
     turns = [(turn["from"], turn["value"]) for turn in row["conversations"] if turn["from"] != "system"]
     (asker, prompt), (answerer, solution) = turns[:2]
     if asker not in ("user", "human") or answerer not in ("assistant", "gpt"):
@@ -19,6 +20,10 @@ def convert(row: dict) -> dict | None:
     if prompt in SEEN:
         return None
     SEEN.add(prompt)
+    tags = (r"\s*<\|begin_of_thought\|>(.*)<\|end_of_thought\|>\s*<\|begin_of_solution\|>(.*?)"
+            r"(?:<\|end_of_solution\|>\s*)?")
+    if m := re.fullmatch(tags, solution, re.DOTALL):
+        solution = f"<think>\n{m[1].strip()}\n</think>\n\n{m[2].strip()}"
     return {"prompt": prompt, "solution": solution}
 
 

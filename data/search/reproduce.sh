@@ -41,6 +41,8 @@ if [ "${2:-}" = all ]; then
     run off_policy 10 --prefix_len 4096 --rollout teacher
 fi
 wait
+failed=$(grep -L "^after .* steps" $to/*_seed?.txt || true)
+[ -z "$failed" ] || { echo "not complete (run this again): $failed"; exit 1; }
 arms=$(ls -d $to/{prefix64,prefix256,prefix1024,whole,off_policy,seqkd}_seed? 2> /dev/null || true)
 python eval.py runs $arms --out $to/bargain.png | tee $to/bargain.txt
 arms=$(ls -d $to/{prefix64,prefix256,prefix1024,whole,linear,mix}_seed?)

@@ -125,12 +125,15 @@ def run(tmp_path):
 @pytest.mark.parametrize("more", [("--mix", "0.5", "--schedule", "linear"), ("--dtype", "float32", "--recompute"),
                                   pytest.param(("--compile",), marks=simulated)])  # tests/card.sh has the real one
 def test_a_run_and_its_resumption(tmp_path, run, more, monkeypatch, capsys):
+    compiled, graphs, examine = [], [], train.examine
     if "--compile" in more:  # the simulated device has graphs of decode steps, and no compiler
-        monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(self))
+        monkeypatch.setattr(train, "examine", lambda pair, *a: (graphs.append(pair.sampler.graphs), examine(pair, *a)))
     data, checkpoint = tmp_path / "rows.jsonl", tmp_path / "run/step_000003"
     with device():
         typed(train, train.train, *run, "--eval_data", data, "--eval_problems", 4, "--eval_kl", 4, "--steps", 3,
               "--save_every", 2, *more)
+    assert "--compile" not in more or len(compiled) == 2 and all(graphs)
     records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     losses = [r["loss"] for r in records if "loss" in r]
     assert all(r["peak_memory"] > 2**20 for r in records if "loss" in r)
@@ -303,7 +306,7 @@ def test_waits_and_products_of_a_micro_batch(run, capsys):
         products = {name for name in gpu.launches if "mm " in name}
         assert products == {"mm torch.bfloat16", "addmm torch.bfloat16"}
     more = waits[1] - waits[0]
-    assert sum(more.values()) / 3 <= 8, more
+    assert 0 < sum(more.values()) / 3 <= 8, more
 
 
 @pytest.mark.parametrize("recompute", [False, True])

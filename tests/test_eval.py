@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import eval as evaluation
+import sample
 from data import HERE, InputError, load_jsonl, run_command
 from data.flags import parse_flags
 from data.tokenizer import Tokenizer
@@ -31,6 +32,7 @@ def evaluate(folder, rows, **options):
 def test_bootstrap_and_wilson_agree_where_both_hold():
     values = [1.0] * 300 + [0.0] * 700
     assert evaluation.bootstrap(values) == pytest.approx(evaluation.wilson(300, 1000), abs=0.004)
+    assert evaluation.wilson(300, 1000) == pytest.approx((0.2724, 0.3291), abs=1e-4)
     assert evaluation.bootstrap([0.5] * 9) == (0.5, 0.5)
 
 
@@ -121,6 +123,17 @@ def test_top_k_and_top_p_reach_the_sampler():
     for name, cut in (("top_k", 1), ("top_p", 1e-9)):
         assert evaluate(STUDENT, ROWS[:6], temperature=1.0, **{name: cut}, **options)[1] == greedy
     assert evaluate(STUDENT, ROWS[:6], temperature=1.0, **options)[1] != greedy
+
+
+@pytest.mark.parametrize("module", [evaluation, sample])
+def test_the_flags_of_sampling_reach_the_sampler(module, monkeypatch):
+    asked, generate = [], module.generate
+    monkeypatch.setattr(module, "generate", lambda model, prompts, cap, stops, *how, **options: asked.append(
+        (cap, how, options["seeds"])) or generate(model, prompts, cap, stops, *how, **options))
+    flags = f"--model {STUDENT} --data chains --temperature 0.6 --top_k 7 --top_p 0.9 --seed 5 --max_new_tokens 4"
+    few, seeds = (" --num_problems 1", evaluation.seeds_of(5, 1)[0]) if module is evaluation else ("", [5])
+    module.main(parse_flags(module.Config, "", (flags + few).split()))
+    assert asked == [(4, (0.6, 7, 0.9), seeds)]
 
 
 @pytest.mark.parametrize("opened, extracted", [("", "3"), ("<think>\n", None)])

@@ -14,6 +14,18 @@ ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"`(python train.py [^`]*)`:\n\n```diff\n(.*?)```", README, re.DOTALL)
 
+K2 = """
+import torch
+from loss import distill_loss
+h, w, t, v = (torch.randn(n, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+              for i, n in enumerate((1, 6, 1, 6)))
+h, y, p = h.requires_grad_(), torch.arange(6), (h @ w.T).softmax(-1)[0]
+options = {"targets": y, "token_weights": p.detach(), "chunk_rows": 6}
+k2, kl = (torch.autograd.grad(distill_loss(h.expand(6, 4), w, t.expand(6, 4), v, loss=name, **options)[0], h)[0]
+          for name in ("k2", "reverse_kl"))
+assert torch.allclose(k2, kl, atol=1e-12) and kl.norm() > 1e-3
+"""
+
 
 @pytest.mark.parametrize("number", range(2))
 def test_a_fork_is_a_small_diff_that_runs(number, tmp_path):
@@ -32,3 +44,6 @@ def test_a_fork_is_a_small_diff_that_runs(number, tmp_path):
     run = subprocess.run([sys.executable, "train.py", *flags, *quick], cwd=tmp_path, capture_output=True,
                          text=True, check=False)
     assert run.returncode == 0 and "after 2 steps" in run.stdout, run.stderr
+    if "k2" in flags:  # over all tokens, each as likely as the student has it, its gradient is the reverse KL's
+        found = subprocess.run([sys.executable, "-c", K2], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert found.returncode == 0, found.stderr

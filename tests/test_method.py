@@ -28,9 +28,10 @@ STEP = {"data": "chains", "device": "cpu", "steps": 1, "batch_size": 6, "eval_pr
 
 @pytest.fixture
 def one_step(tmp_path, monkeypatch):
-    """A function that makes one step of train.py and returns its rollout and its gradient by parameter."""
+    """A function that makes one step of train.py and returns its rollout, its gradient by parameter, and the number of
+    micro-batches."""
     def run(**flags):
-        seen, respond, clip = {}, train.respond, torch.nn.utils.clip_grad_norm_
+        seen, respond, clip = {"losses": 0}, train.respond, torch.nn.utils.clip_grad_norm_
 
         def recorded_respond(*arguments):
             seen["rollout"] = respond(*arguments)
@@ -41,16 +42,21 @@ def one_step(tmp_path, monkeypatch):
             seen["gradient"] = [p.grad.clone() for p in parameters]
             return clip(parameters, largest)
 
+        def counted_loss(*arguments, **options):
+            seen["losses"] += 1
+            return distill_loss(*arguments, **options)
+
         monkeypatch.setattr(train, "respond", recorded_respond)
+        monkeypatch.setattr(train, "distill_loss", counted_loss)
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recorded_clip)
         train.train(Config(**STEP | flags, out_dir=str(tmp_path / "run"), overwrite=(tmp_path / "run").exists()))
         monkeypatch.undo()
-        return seen["rollout"], seen["gradient"]
+        return seen["rollout"], seen["gradient"], seen["losses"]
     return run
 
 
 def test_1_the_steps_gradient_is_the_definitions_row_by_row(one_step):
-    rollout, gradient = one_step(prefix_len=24)
+    rollout, gradient, _ = one_step(prefix_len=24)
     student, teacher = Transformer.from_pretrained(STUDENT).double(), Transformer.from_pretrained(TEACHER).double()
     vocab, n = Tokenizer(STUDENT).vocab_size, int(rollout.lens.sum())
     for i in range(len(rollout.tokens)):
@@ -64,13 +70,14 @@ def test_1_the_steps_gradient_is_the_definitions_row_by_row(one_step):
 
 
 def test_2_splitting_a_step_into_micro_batches_changes_nothing(one_step):
-    whole, parts = one_step(prefix_len=24, micro_tokens=10_000)[1], one_step(prefix_len=24, micro_tokens=1)[1]
+    (_, whole, one), (_, parts, six) = (one_step(prefix_len=24, micro_tokens=n) for n in (10_000, 1))
+    assert (one, six) == (1, 6)
     for a, b in zip(whole, parts):
         assert (a - b).norm() < 1e-4 * a.norm() + 1e-8
 
 
 def test_3_only_response_tokens_count_and_the_students_own_stop_among_them(one_step):
-    rollout, _ = one_step(prefix_len=256)
+    rollout, *_ = one_step(prefix_len=256)
     assert rollout.finished.all()
     for row in rollout.micro_batches(1):  # one by one, the longest first
         _, _, targets, _ = rollout.part(row, "cpu")
@@ -80,7 +87,7 @@ def test_3_only_response_tokens_count_and_the_students_own_stop_among_them(one_s
 
 
 def test_4_no_stop_is_invented_at_the_cut(one_step):
-    rollout, _ = one_step(prefix_len=5)
+    rollout, *_ = one_step(prefix_len=5)
     assert rollout.lens.max() == 5 and not rollout.finished[rollout.lens == 5].all()
     for i in range(6):
         if not rollout.finished[i]:
@@ -91,14 +98,14 @@ def test_5_the_cut_ends_the_sampling(one_step, monkeypatch):
     positions, step = [], sample.next_tokens
     monkeypatch.setattr(sample, "next_tokens", lambda model, tokens, at, *rest: positions.append(at.clone())
                         or step(model, tokens, at, *rest))
-    rollout, _ = one_step(prefix_len=5)
+    rollout, *_ = one_step(prefix_len=5)
     last = max(int(at.max()) for at in positions[-4:])  # the step's decoding comes after the preflight's
     assert last <= int(rollout.prompt_lens.max()) + 5 - 2  # the fifth token is never fed back
     assert rollout.tokens.shape[1] <= int(rollout.prompt_lens.max()) + 5
 
 
 def test_6_a_student_that_is_its_teacher_learns_nothing(one_step):
-    _, gradient = one_step(prefix_len=24, student=str(TEACHER), teacher=str(TEACHER))
+    _, gradient, _ = one_step(prefix_len=24, student=str(TEACHER), teacher=str(TEACHER))
     assert max(float(g.abs().max()) for g in gradient) < 1e-6
 
 

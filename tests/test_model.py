@@ -1,5 +1,6 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from data import HERE, InputError
-from data.checkpoint import head_dim_of
+from data.checkpoint import check_config, head_dim_of
 from data.prune import prune
 from model import Transformer, count_flops
 from tests.reference import live
@@ -152,13 +153,20 @@ def test_unusable_weights_are_refused_by_name(tmp_path):
     ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
     ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic'"),
     ({"rope_parameters": LLAMA3 | {"low_freq_factor": None}}, "validate_rope|needs a number|damaged"),
-    ({"is_causal": False}, "is_causal false"),
+    ({"is_causal": False}, "is_causal false"), ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary"),
     ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "sliding-window"),
 ])
 def test_unusable_configurations_are_refused_by_name(tmp_path, change, message):
     (tmp_path / "config.json").write_text(json.dumps(FAMILIES["qwen3"].to_dict() | change))
     with pytest.raises(InputError, match=message):
         Transformer.from_pretrained(tmp_path)
+
+
+def test_a_rope_without_its_numbers_is_refused():
+    for key in ("rope_theta", "low_freq_factor"):
+        with pytest.raises(InputError, match=f"rope_type 'llama3' needs a number '{key}'"):
+            check_config(SimpleNamespace(model_type="qwen3", rope_parameters=LLAMA3 | {key: None}))
 
 
 def test_places_without_a_checkpoint_are_told(tmp_path, monkeypatch):

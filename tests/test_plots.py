@@ -149,6 +149,9 @@ def test_tokens_page_says_what_the_teacher_preferred_and_takes_no_text_for_marku
 
     rollout, response = sample(config(*flags), 0), found["responses"][STUDENT]
     assert len(response) == int(rollout.lens[0])
+    log_p, log_q = (read(folder, rollout)[0] for folder in (STUDENT, TEACHER))
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).tolist()
+    assert [t["kl"] for t in response] == pytest.approx(kl, rel=1e-3, abs=1e-5)
     for who, folder in (("student", STUDENT), ("teacher", TEACHER)):
         p = read(folder, rollout)[0].exp()
         of_token = p.gather(1, torch.tensor(rollout.response(0))[:, None])[:, 0].tolist()

@@ -1,5 +1,6 @@
 """A run's folder: nothing of others is destroyed in it, nothing of ours is lost."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,9 +57,12 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_models_are_loaded(tmp
 
 
 def test_space_is_counted_before_the_first_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.run.shutil, "disk_usage", lambda _: type("usage", (), {"free": 5e6}))
-    with pytest.raises(InputError, match=r"checkpoints will take 0\.0 GB there and 0\.0 GB are free; free some"):
-        run(*TINY, *BLIND, "--out_dir", tmp_path / "out")
+    enough = 3 * 12 * 547_936  # three checkpoints of 12 bytes a parameter
+    for free in (enough, enough - 1):
+        monkeypatch.setattr(data.run.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        refused = pytest.raises(InputError, match=r"checkpoints will take 0\.0 GB there and 0\.0 GB are free; free")
+        with refused if free < enough else contextlib.nullcontext():
+            run(*TINY, *BLIND, "--steps", "1", "--out_dir", tmp_path / str(free))
 
 
 def test_a_save_that_fails_says_why_and_keeps_the_last(tmp_path, monkeypatch):

@@ -220,8 +220,14 @@ def test_micro_batches_hold_every_supervised_token_once_within_their_size():
                 assert i % T == len(prompts[row]) - 1 + p and y == responses[row][p]
             seen += len(position)
             lengths.append(T)
+            ends = rollout.prompt_lens[rows] + rollout.lens[rows]
+            assert ends.max() <= 2 * ends.min()  # or much of it would be padding
         assert seen == rollout.num_supervised() == sum(map(len, responses))
         assert lengths == sorted(lengths, reverse=True)
+    rollout.for_teacher = rollout.with_prompts([[1] * 50] * 30)  # what it reads is longer
+    for rows in rollout.micro_batches(200):
+        b, T = rollout.for_teacher.part(rows, "cpu")[0].shape
+        assert b * (T + 1) <= max(200, T + 1)
 
 
 def test_long_responses_are_shortened_in_the_middle():

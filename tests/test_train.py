@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -194,9 +195,10 @@ def test_every_flag_reaches_what_it_is_for(stop_class, tmp_path, monkeypatch):
         for module, name in ((train, "generate"), (evaluation, "generate"), (train, "score"), (train, "log_step"),
                              (train, "check_rendering")):
             m.setattr(module, name, recorded(name, getattr(module, name)))
+        m.setattr(train, "evaluate", recorded("evaluate", train.evaluate))
         run(*TINY, "--student", folders[0], "--teacher", folders[1], "--thinking", "on", "--system", "Ida=4\n",
-            "--steps", "1", "--lr", "1e-30", "--temperature", "0.7", "--loss", "jsd", "--beta", "0.3",
-            "--stop_class", stop_class, "--out_dir", tmp_path / "out")
+            "--eval_batch_size", "5", "--steps", "1", "--lr", "1e-30", "--temperature", "0.7", "--loss", "jsd",
+            "--beta", "0.3", "--stop_class", stop_class, "--out_dir", tmp_path / "out")
     calls = {name: [call[1:] for call in asked if call[0] == name] for name, *_ in asked}
     _, pair, rollout, stats, *_ = calls["log_step"][0][0]
     ids, student, teacher = rollout.tokens, pair.student, pair.teacher
@@ -209,20 +211,31 @@ def test_every_flag_reaches_what_it_is_for(stop_class, tmp_path, monkeypatch):
         cut = (*args[5:], options.get("top_k"), options.get("top_p"))
         assert options.get("temperature", args[4] if len(args) > 4 else None) == 0.7 and not any(cut)
     merged = (0, 2) if stop_class else ()
-    expected = 0.0
-    for i, (start, n) in enumerate(zip(rollout.prompt_lens, rollout.lens)):
-        hidden_s, hidden_t = (model(ids)[i, start - 1 : start + n - 1] for model in (student, teacher))
-        expected += dense_loss(hidden_s, student.head, hidden_t, teacher.head, loss="jsd", beta=0.3, temperature=0.7,
-                               vocab=644, stop_ids=merged, token_weights=1).item()
-    assert stats["loss"].sum() == pytest.approx(expected, rel=1e-4)
+
+    def by_definition(rollout: Rollout, **how) -> float:
+        """The sum of a divergence over a rollout's tokens."""
+        total = 0.0
+        for i, (start, n) in enumerate(zip(rollout.prompt_lens, rollout.lens)):
+            hidden_s, hidden_t = (model(rollout.tokens)[i, start - 1 : start + n - 1] for model in (student, teacher))
+            total += dense_loss(hidden_s, student.head, hidden_t, teacher.head, temperature=0.7, vocab=644,
+                                stop_ids=merged, token_weights=1, **how).item()
+        return total
+
+    assert stats["loss"].sum() == pytest.approx(by_definition(rollout, loss="jsd", beta=0.3), rel=1e-4)
+    _, step, record = read_log(tmp_path / "out/log.jsonl")
+    assert step["tokens"] == rollout.lens.sum() and step["response_len"] == rollout.lens.double().mean()
+    assert step["finish"] == rollout.finished.double().mean() and step["loss"] == stats["loss"].double().mean()
     # an evaluation: the KL of its own responses, and what they would have cost
-    (seen, *_), options, found = calls["score"][-1]
-    assert options["temperature"] == 0.7 and options["stop_ids"] == merged
+    (_, _, test), options, (_, answers) = calls["evaluate"][-1]
+    (seen, *_), _, found = calls["score"][-1]
+    assert options["slots"] == 5 and [seen.response(i) for i in range(8)] == [answer["ids"] for answer in answers]
+    assert [seen.tokens[i, :n].tolist() for i, n in enumerate(seen.prompt_lens)] == [row["prompt_ids"] for row in test]
     costs = [k * count_flops(model.config, seen.prompt_lens + seen.lens - 1, int(seen.lens.sum()))
              for k, model in ((4, student), (1, teacher))]  # sampling, forward and backward; scoring
-    record = read_log(tmp_path / "out/log.jsonl")[-1]
     assert record["flop_per_whole_response"] == pytest.approx(sum(costs) / len(seen.lens), rel=1e-9)
-    assert record["kl"] == pytest.approx(found["kl"].mean().item(), rel=1e-9)
+    kl = found["kl"]
+    assert record["kl"] == pytest.approx(by_definition(seen, loss="reverse_kl") / int(seen.lens.sum()), rel=1e-4)
+    assert record["kl_in_prefix"] == pytest.approx((kl[found["position"] < 20].sum() / kl.sum()).item(), rel=1e-6)
 
 
 # --- how long the prefix is
@@ -282,6 +295,20 @@ def test_the_datas_own_solutions_end_where_they_end(pair, problems):
     assert rollout.finished.tolist() == [len(ids) <= 50 for ids in whole] and 0 < rollout.finished.sum() < 10
 
 
+def test_a_random_window_starts_everywhere(pair, problems):
+    config = Config(data="chains", rollout="data", window="random", prefix_len=1, max_new_tokens=3)
+    rows = [row | {"solution_ids": [5, 6, 7]} for row in problems] * 100
+    starts = train.respond(rows, 0, 1, config, pair).supervised[:, 0]
+    assert min(torch.bincount(starts, minlength=3).tolist()) > 250
+
+
+def test_fresh_weights_come_from_the_seed():
+    fresh = [train.load_pair(Config(student=str(STUDENT), init="random", seed=seed, device="cpu"), None).student
+             for seed in (3, 3, 4)]
+    same = [torch.equal(fresh[0].head, other.head) for other in fresh]
+    assert same == [True, True, False]
+
+
 def test_every_step_and_every_seed_has_noise_of_its_own(pair, problems):
     texts = [train.respond(problems, step, 40, Config(prefix_len=40, seed=seed), pair).tokens.tolist()
              for step, seed in ((0, 3), (0, 3), (1, 3), (0, 4))]
@@ -293,6 +320,26 @@ def test_the_rate_of_every_step():
     rates = [train.learning_rate(step, config) for step in (0, 1, 2, 6, 9)]
     assert rates == pytest.approx([0.5, 1, 1, 0.5, 0.0381], abs=1e-4)
     assert train.learning_rate(9, replace(config, lr_schedule="constant")) == 1.0
+
+
+def test_the_optimizer_is_adamw_at_the_logged_rates(tmp_path, monkeypatch):
+    gradients, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def clipped(parameters, most):
+        norm = clip(parameters := [*parameters], most)
+        gradients.append([p.grad.clone() for p in parameters])
+        return norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+    run(*TINY, *BLIND, "--out_dir", tmp_path)
+    weights, saved = ([*Transformer.from_pretrained(f).parameters()] for f in (STUDENT, tmp_path / "step_000003"))
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=0)
+    for lr, gradient in zip((2.5e-4, 5e-4, 5e-4), gradients, strict=True):
+        optimizer.param_groups[0]["lr"] = lr
+        for w, g in zip(weights, gradient):
+            w.grad = g
+        optimizer.step()
+    assert all(torch.allclose(w, p, rtol=0, atol=1e-7) for w, p in zip(weights, saved, strict=True))
 
 
 def test_every_epoch_sees_every_row_once():
@@ -313,6 +360,7 @@ def test_flop_follow_the_tokens(pair, problems):
         expected += count_flops(pair.teacher.config, torch.tensor([tokens]), n)
     cost, n = train.step_flops(pair, whole, Config()), whole.num_supervised()
     assert cost["flop_teacher"] == pytest.approx(expected, rel=1e-12)
+    assert cost["flop_sample"] == pytest.approx(cost["flop_student"] / 3, rel=1e-12)  # one forward
     assert cost["flop_student"] == pytest.approx(3 * count_flops(pair.student.config, torch.tensor(read), n), rel=1e-12)
     # what follows the window costs nothing
     assert torch.equal(whole.tokens, part.tokens)
@@ -359,6 +407,7 @@ def test_plan_needs_nothing_but_two_configurations(tmp_path, capsys):
     assert memory["activations kept for backward"] * 1e9 == pytest.approx(found / 400 * 20_000, rel=0.06)
     cache = 10 * (64 + 100) * 4 * 2 * 2 * 32 * 4  # rows, positions, layers, keys and values, heads, size, bytes
     assert memory["KV cache"] * 1e9 == pytest.approx(cache, abs=6e5)
+    assert memory["student: AdamW's moments"] * 1e9 == pytest.approx(8 * 547_936, abs=6e5)
     assert memory["in all, while sampling"] < memory["in all, while learning"] < 3
 
 
@@ -433,7 +482,11 @@ def test_train_prints_and_logs_what_the_readme_promises(finished):
                  "sampled accuracy:", "P(finish):", "seconds: sampling", "TFLOP", "checkpoint", "tok/s", "talk to it"):
         assert text in said, text
     assert "\r" not in said and len(said.splitlines()) < 60  # no bars in a file
-    steps = [r for r in read_log(out / "log.jsonl") if "loss" in r]
+    before, *steps, after = read_log(out / "log.jsonl")
+    cut = 1 - sum(r["finish"] for r in steps) / 3
+    for text in (f"loss {steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f}", f"cut {cut:.0%} of the responses",
+                 f"{before['accuracy']:.3f} -> {after['accuracy']:.3f}", f"{before['kl']:.3f} -> {after['kl']:.3f}"):
+        assert text in said, text
     assert [r["step"] for r in steps] == [1, 2, 3] and [r["lr"] for r in steps] == [2.5e-4, 5e-4, 5e-4]
     assert all(r["kl"] >= 0 and r["response_len"] <= 20 for r in steps)
     evaluations = [r for r in read_log(out / "log.jsonl") if "eval" in r]
@@ -449,7 +502,7 @@ def test_every_number_of_the_log_is_explained(finished):
 
 @pytest.mark.parametrize("flags", [
     ("--schedule", "linear", "--prefix_start", "4"),
-    ("--schedule", "adaptive", "--prefix_start", "4"),
+    ("--schedule", "adaptive", "--prefix_start", "4", "--steps", "6", "--lr", "1e-9"),  # grows when nothing falls
     ("--window", "random", "--max_new_tokens", "40"),
     ("--mix", "0.5", "--dtype", "bfloat16"),
     ("--init", "random"),
@@ -458,16 +511,17 @@ def test_a_resumed_run_equals_one_left_alone(flags, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(*TINY, *BLIND, *flags, "--save_every", "2", "--out_dir", whole)
     shutil.copytree(whole, cut)
-    shutil.rmtree(cut / "step_000003")
+    last = checkpoints(whole)[-1].name
+    shutil.rmtree(cut / last)
     run("--resume", "--out_dir", cut)  # the other flags are the run's own
-    assert records(whole) == records(cut) and same_weights(whole / "step_000003", cut / "step_000003")
+    assert records(whole) == records(cut) and same_weights(whole / last, cut / last)
     lengths = [r["prefix_len"] for r in records(whole)]
-    assert lengths == ([4, 12, 20] if "linear" in flags else [4] * 3 if "adaptive" in flags else [20] * 3)
+    assert lengths == ([4, 12, 20] if "linear" in flags else [4, 4, 4, 4, 6, 6] if "adaptive" in flags else [20] * 3)
     assert "--window" not in flags or all(r["tokens"] <= 6 * 20 < r["response_len"] * 6 for r in records(whole))
-    weights = load_file(whole / "step_000003/model.safetensors")
+    weights = load_file(whole / last / "model.safetensors")
     assert all(w.dtype == torch.float32 for w in weights.values())  # bfloat16's 8 bits would not move at small rates
     assert any(not torch.equal(w, w.bfloat16().float()) for w in weights.values())
-    states = [read_json(out / "step_000003/state.json")["adaptive"] for out in (whole, cut)]
+    states = [read_json(out / last / "state.json")["adaptive"] for out in (whole, cut)]
     assert states[0] == states[1] and (states[0]["smooth"] is not None) == ("adaptive" in flags)
 
 
@@ -488,16 +542,14 @@ def test_what_may_change_when_a_run_is_resumed(finished, tmp_path, capsys, monke
         run("--resume", "--out_dir", out, "--steps", "5")
 
 
-@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGHUP"])
-def test_ctrl_c_finishes_the_step_and_saves(signal_name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "ENDING", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])  # also under nohup
+def test_ctrl_c_finishes_the_step_and_saves(tmp_path, monkeypatch, capsys):
     flags, out, log_step = (*TINY, "--eval_every", "2"), tmp_path / "interrupted", train.log_step
     run(*flags, "--out_dir", tmp_path / "alone")
     assert [r["step"] for r in records(tmp_path / "alone") if "eval" in r] == [0, 2, 3]
 
     def interrupt(run, *args):
         if run.step == 2:
-            signal.raise_signal(getattr(signal, signal_name))
+            signal.raise_signal(signal.SIGINT)
         return log_step(run, *args)
 
     with monkeypatch.context() as m:
@@ -507,6 +559,18 @@ def test_ctrl_c_finishes_the_step_and_saves(signal_name, tmp_path, monkeypatch, 
     run("--resume", "--out_dir", out)
     assert records(out) == records(tmp_path / "alone")
     assert same_weights(out / "step_000003", tmp_path / "alone/step_000003")
+
+
+def test_a_terminal_that_closes_ends_the_run_likewise(tmp_path):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as the process below will find it, also under nohup
+    command = [sys.executable, "train.py", *TINY, *BLIND, "--steps", "3000", "--out_dir", tmp_path]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not (tmp_path / "log.jsonl").is_file():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGHUP)
+    saved, = checkpoints(tmp_path)
+    assert process.returncode == 0 and read_json(saved / "state.json")["step"] == len(records(tmp_path)) < 3000
 
 
 def test_a_terminal_that_is_gone_costs_no_step(tmp_path, monkeypatch):
@@ -546,13 +610,18 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_a_state(tmp_path
     assert read_json(tmp_path / "step_000001/state.json")["step"] == 1
 
 
-def test_where_memory_runs_out_it_is_said_what_to_lower(monkeypatch, tmp_path):
+@pytest.mark.parametrize("where, flags, expected", [
+    ("distill_loss", (), "learning; nothing was saved. Lower --micro_tokens"),
+    ("generate", (), "sampling; nothing was saved. Lower --batch_size or --prefix_len in"),
+    ("generate", ("--mix", "0.5"), "sampling; nothing was saved. Lower --batch_size or --max_new_tokens in"),
+])
+def test_where_memory_runs_out_it_is_said_what_to_lower(where, flags, expected, monkeypatch, tmp_path):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
-    monkeypatch.setattr(train, "distill_loss", full)
-    with pytest.raises(InputError, match="step 1: out of memory in learning; nothing was saved. Lower --micro_tokens"):
-        run(*TINY, *BLIND, "--out_dir", tmp_path)
+    monkeypatch.setattr(train, where, full)
+    with pytest.raises(InputError, match=f"step 1: out of memory in {expected}"):
+        run(*TINY, *BLIND, *flags, "--out_dir", tmp_path)
 
 
 @pytest.mark.parametrize("flags", [
@@ -564,10 +633,15 @@ def test_where_memory_runs_out_it_is_said_what_to_lower(monkeypatch, tmp_path):
     "--loss sampled_kl",
     "--recompute --lr_schedule cosine --temperature 0.8 --schedule linear",
 ])
-def test_other_sources_and_losses_run(flags, tmp_path):
+def test_other_sources_and_losses_run(flags, tmp_path, monkeypatch):
+    asked, distill_loss, log_step = [], train.distill_loss, train.log_step
+    monkeypatch.setattr(train, "distill_loss", lambda *a, **how: asked.append(how) or distill_loss(*a, **how))
+    monkeypatch.setattr(train, "log_step", lambda run, pair, *a: asked.append(pair) or log_step(run, pair, *a))
     run(*TINY, *BLIND, "--steps", "2", *flags.split(), "--out_dir", tmp_path)
     assert len(records(tmp_path)) == 2 and all(math.isfinite(r["loss"]) for r in records(tmp_path))
     assert all((r["loss"] == r.get("kl")) == ("--loss" not in flags) for r in records(tmp_path))
+    assert asked[0]["top_k"] == (8 if "--top_k" in flags else 64)
+    assert asked[-1].student.recompute == ("--recompute" in flags)
 
 
 def test_the_saved_student_declares_the_stops_it_was_trained_with(tmp_path):

@@ -269,13 +269,13 @@ def preflight(pair: Pair, rows: list[dict], prefix_len: int, temperature: float,
 
     rollout = generate(pair.sampler, prompts, cap, pair.stop_ids, temperature,
                        seeds=[seed + i for i in range(len(prompts))])
-    said = []  # log-probabilities at the two ends of each response
+    ends = []  # (2, vocab) per row and model: log-probabilities where a response begins and where it ends
     for i, row in enumerate(rows):
         for model, prompt in ((pair.sampler, row["prompt_ids"]), (pair.teacher, row["teacher_ids"])):
             ids = torch.tensor([prompt + rollout.response(i)[:-1]], device=model.device)
             hidden = model(ids)[0, [len(prompt) - 1, -1]]  # (2, H)
-            said.append((hidden @ model.head[: pair.vocab].T).float().log_softmax(-1).cpu())
-    first, last = torch.stack(said).unflatten(0, (-1, 2)).unbind(2)  # (prompts, 2 models, vocab) each
+            ends.append(model.logits(hidden).log_softmax(-1).cpu())
+    first, last = torch.stack(ends).unflatten(0, (-1, 2)).unbind(2)  # (prompts, 2 models, vocab) each
     ended = [rollout.response(i)[-1] for i in range(len(rows)) if rollout.finished[i]]
     p, q = first.exp().mean(0)  # (vocab,) each, over the prompts
     kl = (first[:, 0].exp() * (first[:, 0] - first[:, 1])).sum(-1).mean()
@@ -461,8 +461,8 @@ def load_students(config: Config, need: tuple[str, ...] = ("prompt",)):
 
 
 def sample_responses(model: Transformer, prompts: list[list[int]], config: Config, stop_ids, given: int = 0) -> Rollout:
-    """Responses; `given` of their tokens stand in the prompts already, and count towards the cap. What follows them is
-    drawn by other seeds, or it would depend on them through their random numbers."""
+    """Responses; `given` of their tokens stand in the prompts already, and count towards the cap. The rest has other
+    seeds: with the same, its j-th token would reuse the random number that drew the j-th given one."""
     seeds = [config.seed + 1_000_003 * given + i for i in range(len(prompts))]
     return generate(model, prompts, config.max_new_tokens - given, stop_ids, config.temperature, progress=True,
                     seeds=seeds, slots=config.batch_size)
@@ -477,7 +477,7 @@ def respond_for_both(model: Transformer, rows: list[dict], config: Config, stop_
 
 def diagnose_positions(config: Config) -> dict:
     """KL, both entropies and top-1 agreement by response position, with 95% bands of the mean (tokens taken as
-    independent), by thirds of an octave; thirds with fewer tokens than 10, or than responses, are omitted."""
+    independent), by thirds of an octave; thirds with fewer tokens than both 10 and the responses are omitted."""
     students, teacher, _, stop_ids, rows = load_students(config)
     rows, curves = rows[: config.num_problems or 200], {}
     edges = torch.tensor(sorted({round(2 ** (i / 3)) for i in range(3 * 20)}))
@@ -530,7 +530,7 @@ def diagnose_teacher_prefix(config: Config) -> dict:
 
 def diagnose_tokens(config: Config) -> dict:
     """One response of each student, token by token: its KL, both models' probability of it, and the three tokens that
-    each finds most likely. "cuts": where the prefix ends, for the checkpoint of a run."""
+    each finds most likely. "cuts": where the prefix of a checkpoint's run ends, where that is one place."""
     students, teacher, tokenizer, stop_ids, rows = load_students(config)
     if config.index >= len(rows):
         raise InputError(f"--index {config.index}: the data has rows 0 to {len(rows) - 1}")
@@ -560,7 +560,8 @@ def diagnose_tokens(config: Config) -> dict:
         ]
         state = checkpoint_folder(name) / "state.json"
         run = read_json(state).get("config", {}) if state.is_file() else {}
-        cuts[name] = run.get("prefix_len") if run.get("window") in ("prefix", "first") else None
+        cut = (run.get("rollout"), run.get("schedule"), run.get("window")) == ("student", "constant", "prefix")
+        cuts[name] = run["prefix_len"] if cut else None
     return {"config": asdict(config), "prompt": row["prompt"], "responses": pages, "cuts": cuts}
 
 

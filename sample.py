@@ -14,7 +14,7 @@ rows at once) and evaluation (more rows than slots):
        on its neighbours, the number of slots, or the cap (but for the last bits, since a matrix product of another size
        rounds differently).
 
-Read in this order: Rollout, KVCache, sample_token, generate; CUDA graphs and the command line come last.
+Read in this order: Rollout, KVCache, sample_token, generate; CUDA graphs, the command line and its helpers come last.
 """
 
 import math
@@ -48,7 +48,7 @@ class Rollout:
     tokens: Tensor  # (B, S) int64
     prompt_lens: Tensor  # (B,) int64
     lens: Tensor  # (B,) int64, response tokens, the stop token counted
-    finished: Tensor  # (B,) bool: ended with a stop token of its own accord; else it was cut at the cap
+    finished: Tensor  # (B,) bool: ended with a stop token; else it was cut at the cap
     supervised: Tensor  # (B, 2) int64, first and last + 1 of the response positions to learn from
     flop: float = 0.0  # matmul FLOP of sampling them
     for_teacher: "Rollout | None" = None  # the same responses behind what the teacher reads as prompts
@@ -217,7 +217,7 @@ def generate(
     look_every = 1 if device.type == "cpu" else 16  # to see who has ended, we wait for a GPU; ended rows compute on
 
     # The state is kept by row. A row's next token goes to ids[row, count[row]]: that of an ended row too, where nobody
-    # reads it (hence cap + 1 columns). Row N is nobody's: it stands in slots without a row, and writes at position 0.
+    # reads it (hence cap + 1 columns). Row N is filler: it pads a batch to the size of a recorded graph, at position 0.
     prompt_len = torch.tensor([*map(len, prompts), 1], device=device)
     count, going = torch.zeros_like(prompt_len), torch.arange(N + 1, device=device) < N
     ids = torch.zeros(N + 1, cap + 1, dtype=torch.long, device=device)
@@ -255,12 +255,12 @@ def generate(
     bar = tqdm(desc="sample", unit=" tok", leave=False, disable=None if progress else True)
     while True:
         if step == look:
-            alive = going.tolist()  # waiting rows among them, so those that regroup reads count below
+            alive = going.tolist()  # true for waiting rows, so still right for those that regroup starts
             free = [slot for slot, row in enumerate(held) if not alive[row]]
             bar.update(int(count.sum()) - bar.n if progress else 0)
             if len(free) == len(held) and not waiting:
                 break
-            if 8 * len(free) >= len(held):  # not for every single one: reading one prompt takes as long as four
+            if 8 * len(free) >= len(held):  # in groups: reading one prompt takes as long as reading four
                 held = regroup(free)
                 rows = torch.tensor(held, device=device)
             first_full = min(started[row] for row in held if alive[row]) + cap - 1  # step at which a row has `cap`

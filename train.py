@@ -150,6 +150,7 @@ def fill_in(c: Config) -> None:
          f"--schedule adaptive follows the end of the prefix: it needs --window prefix or first, found {c.window}"),
         (c.teacher_prompt and not c.teacher, "--teacher_prompt is for a run with a teacher"),
         (c.mix > 0 and c.rollout != "student", f"--mix is for --rollout student, found --rollout {c.rollout}"),
+        (c.mix > 0 and c.schedule == "adaptive", "--schedule adaptive follows the student's rows alone: no --mix"),
         (c.mix > 0 and c.window != "prefix", "--mix and --window exclude each other"),
         (0 < c.mix and round(c.mix * c.batch_size) == 0,
          f"--mix {c.mix} of --batch_size {c.batch_size} is less than one row: raise one of the two"),
@@ -195,6 +196,8 @@ def load_pair(config: Config, resume_from: Path | None) -> Pair:
     teacher = None
     if config.teacher:
         there = choose_device(config.teacher_device) if config.teacher_device else device
+        scores = not (config.mix or config.rollout == "teacher" or config.shard_teacher)  # and does nothing else
+        load_config(checkpoint_folder(config.teacher, ("config.json",)), any_family=scores)
         teacher = load_teacher(config.teacher, there, vocab, dtype)
         teacher = shard(teacher, config.shard, dtype) if config.shard_teacher else teacher
     if resume_from is None and config.init == "random":
@@ -204,7 +207,7 @@ def load_pair(config: Config, resume_from: Path | None) -> Pair:
     student.recompute, student.vocab = config.recompute, vocab
     print(f"student {config.student}: {count_parameters(student.config):,} parameters, float32"
           + (f"; teacher {config.teacher}: {count_parameters(teacher.config):,}, {config.dtype}" if teacher else ""))
-    # Where the student itself is wider, or sharded, a copy samples; its weights keep their addresses (`copy_from`).
+    # If `dtype` is not float32, or with --shard, a copy samples; it is updated in place, for CUDA graphs (`copy_from`).
     sampler = student
     if dtype != torch.float32 or config.shard > 1:
         sampler = copy.deepcopy(student).to(dtype).requires_grad_(False)
@@ -223,6 +226,7 @@ def load_pair(config: Config, resume_from: Path | None) -> Pair:
 def prepare_prompts(config: Config, rows: list[dict], test: list[dict], pair: Pair) -> None:
     """Add the ids of prompts (and solutions) to the rows; both models must have room for what will be written."""
     template = teacher_template(config, rows) if pair.teacher is not None else ""
+    config.teacher_prompt = template or config.teacher_prompt  # a checkpoint remembers also what the data brought
     encode_prompts(rows, pair.tokenizer, pair.vocab, "--data", template, pair.teacher_tokenizer)
     template = template if config.eval_kl else ""  # else the teacher reads no held-out problem
     where = "--eval_data" if config.eval_data else "--data"
@@ -312,13 +316,13 @@ def respond(batch: list[dict], step: int, prefix_len: int, config: Config, pair:
     if config.rollout == "data":
         responses = [batch[i]["solution_ids"][:cap] for i in mine]
     else:
-        whole = config.max_new_tokens if config.mix else cap
-        for writer, key, most, rows in (
-            (pair.teacher, "teacher_ids", whole, [i for i in mine if i < by_teacher]),
+        teacher_cap = config.max_new_tokens if config.mix else cap
+        for writer, key, limit, rows in (
+            (pair.teacher, "teacher_ids", teacher_cap, [i for i in mine if i < by_teacher]),
             (pair.sampler, "prompt_ids", cap, [i for i in mine if i >= by_teacher]),
         ):
             if rows:
-                part = generate(writer, [batch[i][key] for i in rows], most, pair.stop_ids, config.temperature,
+                part = generate(writer, [batch[i][key] for i in rows], limit, pair.stop_ids, config.temperature,
                                 seeds=[seeds[i] for i in rows])
                 responses += [part.response(i) for i in range(len(rows))]
                 flop += part.flop
@@ -354,8 +358,8 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def due(run: Run, config: Config) -> bool:
-    """Whether to evaluate now: before the first step, every --eval_every steps, and after the last; not when
-    interrupted, and not what a resumed run has done already. All ranks ask together."""
+    """Whether to evaluate now: before the first step (pretrained weights, --eval_every 0 or more), every --eval_every
+    steps, and after the last; not when interrupted, nor what a resumed run has done already. All ranks ask together."""
     if run.step == 0:
         wanted = config.eval_every >= 0 and config.init == "pretrained"  # random weights have nothing to measure
     else:
@@ -415,7 +419,7 @@ def distill(config: Config, resume_from: Path | None) -> None:
             if run.stopping() or run.step >= config.steps:
                 break
 
-            # 1. sample: responses to this rank's prompts of the batch; sampling stops after prefix_len tokens
+            # 1. sample: responses to this rank's prompts of the batch, cut after prefix_len tokens (see `respond`)
             run.stage = "sampling"
             start = now(device)
             prefix_len = prefix_len_at(run.step, config, run.adaptive)
@@ -527,7 +531,7 @@ def examine(pair: Pair, test: list[dict], config: Config, run: Run) -> None:
         said += f", KL to the teacher {record['kl']:.4f} nats per token"
         if run.step == 0:
             said += f"; the first {prefix_len:,} tokens hold {record['kl_in_prefix']:.0%} of it"
-        flops = step_flops(pair, rollout, config)  # but for sampling, which is one forward: a third of learning
+        flops = step_flops(pair, rollout, config)  # without sampling (0 here): one forward, a third of learning
         record["flop_per_whole_response"] = (sum(flops.values()) + flops["flop_student"] / 3) / len(rollout.lens)
     pair.sampler.cache = None  # larger than a training step's
     run.write({"step": run.step, "eval": "sampled", **record, "seconds": time.perf_counter() - start})
@@ -572,8 +576,9 @@ def say_what_to_change(run: Run):
 
     try:
         yield
-    except OSError:  # printing to what is gone, or a full disk
-        save()
+    except (OSError, KeyboardInterrupt) as error:  # printing to what is gone, a full disk; a second Ctrl-C
+        if isinstance(error, OSError) or run.stage in ("sampling", "evaluation"):  # where no weight is half changed
+            save()
         raise
     except (FloatingPointError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not out_of_memory(error):

@@ -195,8 +195,8 @@ class Run:
         all_gather(None)
 
     def interrupt(self, *_) -> None:
-        """What Ctrl-C, SIGTERM or a closed terminal does during the loop. A second one of the first two ends the
-        process; a terminal sends two by itself."""
+        """What Ctrl-C, SIGTERM or a closed terminal does during the loop. A second Ctrl-C or SIGTERM ends the process;
+        SIGHUP may come twice, a terminal that closes sends two."""
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

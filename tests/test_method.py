@@ -1,4 +1,4 @@
-"""The method in ten sentences, each a test on the embedded pair. Read this after the five files."""
+"""The method in ten sentences, each a test, mostly on the pair `chains`. Read this after the five files."""
 
 import json
 import signal

@@ -135,7 +135,8 @@ def command(monkeypatch, *argv: str) -> None:
 def test_tokens_page_says_what_the_teacher_preferred_and_takes_no_text_for_markup(tmp_path, monkeypatch):
     run, data, prompt = tmp_path / "step_000001", tmp_path / "evil.jsonl", "</script><script>alert(1)</script>\nDan?\n"
     shutil.copytree(STUDENT, run)
-    (run / "state.json").write_text(json.dumps({"config": {"prefix_len": 16, "window": "prefix"}}))
+    (run / "state.json").write_text(json.dumps({"config": {
+        "prefix_len": 16, "window": "prefix", "rollout": "student", "schedule": "constant"}}))
     data.write_text(json.dumps({"prompt": prompt}) + "\n")
     flags = ("--data", str(data), "--model", f"{STUDENT},{run}", "--teacher", TEACHER, "--max_new_tokens", "60",
              "--device", "cpu")

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
-from data import HERE, InputError, load_jsonl
-from data.run import read_log
+from data import HERE, InputError, load_jsonl, read_json
+from data.run import checkpoints, read_log
 from data.tokenizer import Tokenizer
 from eval import encode_prompts
 from model import Transformer, count_flops, count_parameters, load_teacher
@@ -163,6 +163,8 @@ def test_data_may_bring_the_template_which_held_out_problems_follow_and_the_flag
     for name, template in ("own", ""), ("null", HINT), ("own", "{prompt}"), ("null", ""):  # null: a table's empty cell
         run(*TINY, "--steps", "1", "--data", tmp_path / f"{name}.jsonl", "--student", STUDENT, "--teacher", TEACHER,
             "--eval_data", "chains", "--teacher_prompt", template, "--out_dir", tmp_path / f"{name}{len(template)}")
+    after = read_json(tmp_path / "own0/step_000001/state.json")["config"]
+    assert after["teacher_prompt"] == HINT  # for `eval.py positions`, on problems that do not bring it
     assert log(tmp_path / "own0") == log(tmp_path / f"null{len(HINT)}") != log(tmp_path / "null0")
     assert log(tmp_path / "null0") == log(tmp_path / f"own{len('{prompt}')}")
 
@@ -228,8 +230,9 @@ def test_a_run_with_a_mixture_of_experts_as_teacher(tmp_path):
     assert all(r["kl"] > 0 and r["flop_teacher"] > 0 for r in read_log(out / "log.jsonl") if "loss" in r)
     run("--resume", "--steps", "4", "--out_dir", out)
     for flags in (("--mix", "0.5"), ("--rollout", "teacher")):
-        with pytest.raises(InputError, match="a qwen3_moe teacher scores, and does not sample"):
-            run(*TINY, *BLIND, *flags, "--teacher", teacher, "--out_dir", tmp_path / "refused")
+        with pytest.raises(InputError, match="'qwen3_moe' is not supported .* but for a teacher that only scores"):
+            run(*TINY, *BLIND, *flags, "--teacher", teacher, "--out_dir", out, "--overwrite")
+    assert len(checkpoints(out)) == 2  # it was refused before anything was discarded
     for flags in (("--mix", "0.5"), ("--rollout", "teacher"), ("--shard", "2", "--world", "2", "--shard_teacher")):
         with pytest.raises(InputError, match="'qwen3_moe' is not supported .* but for a teacher that only scores"):
             run(*TINY, "--plan", *flags, "--teacher", teacher)

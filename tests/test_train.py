@@ -561,6 +561,17 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path, monkeypatch, capsys):
     assert same_weights(out / "step_000003", tmp_path / "alone/step_000003")
 
 
+def test_a_second_ctrl_c_in_an_evaluation_loses_no_step(tmp_path, monkeypatch):
+    def impatient(pair, test, config, run):
+        if run.step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "examine", impatient)
+    with pytest.raises(KeyboardInterrupt):
+        run(*TINY, "--eval_every", "1", "--out_dir", tmp_path)
+    assert [f.name for f in checkpoints(tmp_path)] == ["step_000002"]
+
+
 def test_a_terminal_that_closes_ends_the_run_likewise(tmp_path):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as the process below will find it, also under nohup
     command = [sys.executable, "train.py", *TINY, *BLIND, "--steps", "3000", "--out_dir", tmp_path]

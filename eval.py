@@ -477,7 +477,7 @@ def respond_for_both(model: Transformer, rows: list[dict], config: Config, stop_
 
 def diagnose_positions(config: Config) -> dict:
     """KL, both entropies and top-1 agreement by response position, with 95% bands of the mean (tokens taken as
-    independent), by thirds of an octave; thirds with fewer tokens than both 10 and the responses are omitted."""
+    independent), by thirds of an octave; thirds with fewer tokens than 10 and than responses are omitted."""
     students, teacher, _, stop_ids, rows = load_students(config)
     rows, curves = rows[: config.num_problems or 200], {}
     edges = torch.tensor(sorted({round(2 ** (i / 3)) for i in range(3 * 20)}))
@@ -560,8 +560,8 @@ def diagnose_tokens(config: Config) -> dict:
         ]
         state = checkpoint_folder(name) / "state.json"
         run = read_json(state).get("config", {}) if state.is_file() else {}
-        cut = (run.get("rollout"), run.get("schedule"), run.get("window")) == ("student", "constant", "prefix")
-        cuts[name] = run["prefix_len"] if cut else None
+        one = run.get("window") in ("prefix", "first") and run.get("schedule") == "constant" and not run.get("mix")
+        cuts[name] = run["prefix_len"] if one else None
     return {"config": asdict(config), "prompt": row["prompt"], "responses": pages, "cuts": cuts}
 
 

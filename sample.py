@@ -255,7 +255,7 @@ def generate(
     bar = tqdm(desc="sample", unit=" tok", leave=False, disable=None if progress else True)
     while True:
         if step == look:
-            alive = going.tolist()  # true for waiting rows, so still right for those that regroup starts
+            alive = going.tolist()  # true for waiting rows, so right below for those that regroup starts
             free = [slot for slot, row in enumerate(held) if not alive[row]]
             bar.update(int(count.sum()) - bar.n if progress else 0)
             if len(free) == len(held) and not waiting:

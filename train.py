@@ -150,7 +150,8 @@ def fill_in(c: Config) -> None:
          f"--schedule adaptive follows the end of the prefix: it needs --window prefix or first, found {c.window}"),
         (c.teacher_prompt and not c.teacher, "--teacher_prompt is for a run with a teacher"),
         (c.mix > 0 and c.rollout != "student", f"--mix is for --rollout student, found --rollout {c.rollout}"),
-        (c.mix > 0 and c.schedule == "adaptive", "--schedule adaptive follows the student's rows alone: no --mix"),
+        (c.mix > 0 and c.schedule == "adaptive" and not c.resume,
+         "--schedule adaptive follows the student's rows alone: it excludes --mix"),
         (c.mix > 0 and c.window != "prefix", "--mix and --window exclude each other"),
         (0 < c.mix and round(c.mix * c.batch_size) == 0,
          f"--mix {c.mix} of --batch_size {c.batch_size} is less than one row: raise one of the two"),
@@ -190,14 +191,15 @@ def load_pair(config: Config, resume_from: Path | None) -> Pair:
     config.dtype = config.dtype or str(default_dtype(device)).removeprefix("torch.")
     files = ("*.json", "*.jinja") if config.init == "random" else ("*.json", "*.safetensors", "*.jinja")
     dtype, folder = getattr(torch, config.dtype), checkpoint_folder(config.student, files)
+    if config.teacher:  # of another family it only scores; said before weights are downloaded or a run is discarded
+        scores = not (config.mix or config.rollout == "teacher" or config.shard_teacher)
+        load_config(checkpoint_folder(config.teacher, ("config.json",)), any_family=scores)
     tokenizer, teachers, vocab, stop_ids = load_tokenizers(
         folder, config.teacher, chat=config.chat, system=config.system, thinking=config.thinking,
         stop_tokens=config.stop_tokens)
     teacher = None
     if config.teacher:
         there = choose_device(config.teacher_device) if config.teacher_device else device
-        scores = not (config.mix or config.rollout == "teacher" or config.shard_teacher)  # and does nothing else
-        load_config(checkpoint_folder(config.teacher, ("config.json",)), any_family=scores)
         teacher = load_teacher(config.teacher, there, vocab, dtype)
         teacher = shard(teacher, config.shard, dtype) if config.shard_teacher else teacher
     if resume_from is None and config.init == "random":
@@ -207,7 +209,8 @@ def load_pair(config: Config, resume_from: Path | None) -> Pair:
     student.recompute, student.vocab = config.recompute, vocab
     print(f"student {config.student}: {count_parameters(student.config):,} parameters, float32"
           + (f"; teacher {config.teacher}: {count_parameters(teacher.config):,}, {config.dtype}" if teacher else ""))
-    # If `dtype` is not float32, or with --shard, a copy samples; it is updated in place, for CUDA graphs (`copy_from`).
+    # If `dtype` is not float32, or with --shard (FSDP would go on with weights it has gathered), a copy samples; it is
+    # updated in place, for CUDA graphs (`copy_from`).
     sampler = student
     if dtype != torch.float32 or config.shard > 1:
         sampler = copy.deepcopy(student).to(dtype).requires_grad_(False)
@@ -226,7 +229,6 @@ def load_pair(config: Config, resume_from: Path | None) -> Pair:
 def prepare_prompts(config: Config, rows: list[dict], test: list[dict], pair: Pair) -> None:
     """Add the ids of prompts (and solutions) to the rows; both models must have room for what will be written."""
     template = teacher_template(config, rows) if pair.teacher is not None else ""
-    config.teacher_prompt = template or config.teacher_prompt  # a checkpoint remembers also what the data brought
     encode_prompts(rows, pair.tokenizer, pair.vocab, "--data", template, pair.teacher_tokenizer)
     template = template if config.eval_kl else ""  # else the teacher reads no held-out problem
     where = "--eval_data" if config.eval_data else "--data"
@@ -569,7 +571,7 @@ def must_be_finite(stats: dict[str, Tensor]) -> None:
 def say_what_to_change(run: Run):
     """Around the loop. Out of memory, or numbers that are not finite, end it with one line that names the flag to
     change. A process alone first saves the run as it was after its last whole step, also where its terminal or pipe is
-    gone; of several ranks torchrun ends the others, and the last checkpoint counts."""
+    gone or Ctrl-C came twice; of several ranks torchrun ends the others, and the last checkpoint counts."""
     def save() -> None:
         if run.step and world_size() == 1 and run.saved != run.checkpoint:
             run.save()
@@ -577,8 +579,9 @@ def say_what_to_change(run: Run):
     try:
         yield
     except (OSError, KeyboardInterrupt) as error:  # printing to what is gone, a full disk; a second Ctrl-C
-        if isinstance(error, OSError) or run.stage in ("sampling", "evaluation"):  # where no weight is half changed
+        if isinstance(error, OSError) or run.stage != "learning":  # where weights may be half changed
             save()
+            print(f"the last state saved is {run.saved}" if run.saved else "nothing was saved")
         raise
     except (FloatingPointError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not out_of_memory(error):

@@ -93,8 +93,8 @@ def extract_answer(text: str, opened: bool = False) -> str | None:
         if "####" in m[0] and (not after.partition("\n")[0].strip() or "\n" in text[m.end() :].strip()):
             continue  # a heading
         found = first_statement(re.sub(DISPLAY, r"\1", after).lstrip(" \t*_:\n").partition("\n")[0])
-        if found and not re.search(r"\\(?:boxed|fbox)", found):  # that is empty, or has no end
-            return found
+        if found:
+            return None if re.match(r"[$\s]*\\(?:boxed|fbox)\s*\{", found) else found  # a box without end or content
     return None
 
 

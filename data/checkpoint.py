@@ -20,7 +20,7 @@ def check_config(config) -> None:
     """Refuse by name what model.py does not compute, rather than compute something else."""
     if config.model_type not in FAMILIES:
         raise InputError(f"model_type {config.model_type!r} is not supported ({', '.join(FAMILIES)} are), but for a "
-                         "teacher that only scores and is not split (--shard_teacher)")
+                         "teacher that only scores: no --mix, --rollout teacher or --shard_teacher")
     rope = config.rope_parameters or {}
     needed = {"default": (), "linear": ("factor",), "yarn": ("factor",),
               "llama3": ("factor", "low_freq_factor", "high_freq_factor")}

@@ -196,7 +196,7 @@ class Run:
 
     def interrupt(self, *_) -> None:
         """What Ctrl-C, SIGTERM or a closed terminal does during the loop. A second Ctrl-C or SIGTERM ends the process;
-        SIGHUP may come twice, a terminal that closes sends two."""
+        SIGHUP may come twice, since a terminal that closes sends two."""
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -15,7 +15,7 @@ set -u
 out=$(realpath -m "${1:?usage: bash tests/card.sh OUT}") || exit
 cd "$(dirname "$0")/.." || exit
 [ -e "$out/parts.txt" ] || [ -z "$(ls -A "$out" 2> /dev/null)" ] || { echo "$out holds something else"; exit 1; }
-mkdir -p "$out" && : > "$out/parts.txt"
+mkdir -p "$out" && touch "$out/parts.txt" || exit
 export PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 card=("$python")
@@ -51,6 +51,7 @@ for name in ("torch", "transformers", "triton", "math-verify"):
         || echo "no nvidia-smi"
     git log -1 --format="commit %h, %s"
 } > "$out/versions.txt" 2>&1
+: > "$out/parts.txt"
 
 first=(train.py --prefix_len 1024 --steps 10 --overwrite "${small[@]}")
 OMP_NUM_THREADS=$threads part cpu 300 "$python" "${first[@]}" --device cpu --out_dir "$out/cpu" &

@@ -333,7 +333,7 @@ def test_the_optimizer_is_adamw_at_the_logged_rates(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
     run(*TINY, *BLIND, "--out_dir", tmp_path)
     weights, saved = ([*Transformer.from_pretrained(f).parameters()] for f in (STUDENT, tmp_path / "step_000003"))
-    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=0)
+    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=0, fused=True)
     for lr, gradient in zip((2.5e-4, 5e-4, 5e-4), gradients, strict=True):
         optimizer.param_groups[0]["lr"] = lr
         for w, g in zip(weights, gradient):
@@ -576,10 +576,11 @@ def test_a_terminal_that_closes_ends_the_run_likewise(tmp_path):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as the process below will find it, also under nohup
     command = [sys.executable, "train.py", *TINY, *BLIND, "--steps", "3000", "--out_dir", tmp_path]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while not (tmp_path / "log.jsonl").is_file():
-            assert process.poll() is None
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "log.jsonl").is_file() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(signal.SIGHUP)
+        process.wait(60)
     saved, = checkpoints(tmp_path)
     assert process.returncode == 0 and read_json(saved / "state.json")["step"] == len(records(tmp_path)) < 3000
 

@@ -12,12 +12,14 @@ other="--student data/hops/student --eval_data data/hops/test.jsonl --data data/
 at_most_two() { while [ $(jobs -rp | wc -l) -ge 2 ]; do sleep 1; done; }
 
 steps=20
+files=()  # what the runs print
 
 run() {  # name, then flags
     name=$1; shift
     for seed in 1 2 3; do
         folder=$to/${name}_seed$seed
-        grep -qs "after $steps steps" $folder.txt && continue
+        files+=("$folder.txt")
+        grep -qs "after $steps steps:" $folder.txt && continue
         at_most_two
         python train.py --seed $seed --steps $steps --eval_every 5 --max_new_tokens 1024 --out_dir $folder \
             --overwrite "$@" > $folder.txt 2>&1 &
@@ -53,7 +55,7 @@ run whole_40 --prefix_len 1024
 run off_policy_40 --prefix_len 1024 --rollout teacher
 run seqkd_40 --prefix_len 1024 --rollout teacher --loss cross_entropy
 wait
-failed=$(grep -L "^after .* steps" $to/*_seed?.txt || true)
+failed=$(grep -L "^after [0-9]* steps:" "${files[@]}" || true)
 [ -z "$failed" ] || { echo "not complete (run this again): $failed"; exit 1; }
 arms=$(ls -d $to/{whole,prefix64,prefix16,off_policy,seqkd,off_policy_no_walls,sft_no_walls,sft_walls}_seed?)
 python eval.py runs $arms --out $to/curves.png | tee $to/curves.txt
@@ -63,7 +65,7 @@ python eval.py teacher_prefix --lens 0,1,16,64 --num_problems 200 --max_new_toke
 for arm in $to/*_seed?.txt; do grep -aH "accuracy:\|KL to\|TFLOP" $arm; done > $to/all.txt
 
 count() {  # problems, arm: accuracy, and what is done at walls
-    rm -f $2.walls
+    rm -f $2.json $2.walls
     python eval.py --model $2/step_000020 --data hops --temperature 1 --max_new_tokens 1024 --num_problems $1 \
         --out $2.json > /dev/null
     python data/hops/walls.py $2.jsonl > $2.walls

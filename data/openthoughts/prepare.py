@@ -12,7 +12,7 @@ SEEN: set[str] = set()
 
 
 def convert(row: dict) -> dict | None:
-    """The first exchange of a conversation, its thought as Qwen3 and R1 write it. A prompt seen before is left out."""
+    """The first exchange of a conversation, its thought as Qwen3 writes it. A prompt seen before is left out."""
     turns = [(turn["from"], turn["value"]) for turn in row["conversations"] if turn["from"] != "system"]
     (asker, prompt), (answerer, solution) = turns[:2]
     if asker not in ("user", "human") or answerer not in ("assistant", "gpt"):

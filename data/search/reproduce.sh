@@ -8,12 +8,14 @@ cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1
 to=${1:-out_reproduce_search}
 mkdir -p $to
+files=()  # what the runs print
 
 run() {  # name, steps, then flags: waits while two runs are under way
     name=$1 steps=$2; shift 2
     for seed in 1 2 3; do
         folder=$to/${name}_seed$seed
-        grep -qs "after $steps steps" $folder.txt && continue
+        files+=("$folder.txt")
+        grep -qs "after $steps steps:" $folder.txt && continue
         while [ $(jobs -rp | wc -l) -ge 2 ]; do sleep 2; done
         python train.py --data search --seed $seed --steps $steps --eval_every -1 --out_dir $folder --overwrite "$@" \
             > $folder.txt 2>&1 &
@@ -41,7 +43,7 @@ if [ "${2:-}" = all ]; then
     run off_policy 10 --prefix_len 4096 --rollout teacher
 fi
 wait
-failed=$(grep -L "^after .* steps" $to/*_seed?.txt || true)
+failed=$(grep -L "^after [0-9]* steps:" "${files[@]}" || true)
 [ -z "$failed" ] || { echo "not complete (run this again): $failed"; exit 1; }
 arms=$(ls -d $to/{prefix64,prefix256,prefix1024,whole,off_policy,seqkd}_seed? 2> /dev/null || true)
 python eval.py runs $arms --out $to/bargain.png | tee $to/bargain.txt

@@ -26,8 +26,8 @@ Two worse ways of answering exist, for the student to have read:
 
 `python data/chains/prepare.py` writes train.jsonl and test.jsonl (they are committed; running it again changes
 nothing). `--sft` also writes the text the pair was trained on (not committed): sft_short.jsonl, sft_careful.jsonl,
-sft_mixed.jsonl. `--curves` draws the readme's picture. `--tokenizer` trains the tokenizer and writes it, with the model
-configurations, into teacher/ and student/.
+sft_mixed.jsonl. `--tokenizer` trains the tokenizer and writes it, with the model configurations, into teacher/ and
+student/.
 
 No problem of the test set is in training, by construction: a problem belongs to the test set if and only if a hash of
 its *arithmetic* (the first number and the operations along the chain, in order, whatever the names, the distractors and
@@ -36,7 +36,6 @@ the order of the lines) falls in one sixteenth of the hash's range. `main` check
 
 import argparse
 import hashlib
-import json
 import random
 import sys
 from pathlib import Path
@@ -188,36 +187,6 @@ def train_tokenizer(rows: list[dict], folder: Path = HERE) -> None:
     write_pair(folder, pattern, every * 3 + [r["prompt"] + r["solution"] for r in rows], rope_theta=10000.0)
 
 
-def draw_curves(folders: list[Path]) -> None:
-    """curves.png for the readme, from the run folders of both models' two stages: training loss (mean of 50 steps), and
-    accuracy on the test problems during the second stage."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
-    for name, stages, color in (("teacher", folders[:2], "#0072B2"), ("student", folders[2:], "#D55E00")):
-        loss, evaluations = [], []
-        for folder in stages:
-            records = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-            second_stage_from = len(loss)
-            loss += [r["loss"] for r in records if "loss" in r]
-            evaluations = [r for r in records if "eval" in r]
-        means = [sum(loss[i : i + 50]) / 50 for i in range(0, len(loss) - 49, 50)]
-        left.plot([50 * i + 25 for i in range(len(means))], means, color=color, label=name)
-        points = [(second_stage_from + r["step"], r["accuracy"]) for r in evaluations]
-        right.plot(*zip(*points), "o-", color=color, markersize=4, label=f"{name}, sampled")
-    left.axvline(second_stage_from, color="grey", linestyle="--", linewidth=1)
-    left.text(second_stage_from + 60, 2.0, "first lesson ends", color="grey")
-    left.set(title="Supervised training", xlabel="step", ylabel="cross-entropy, nats per token", yscale="log")
-    right.set(title="Accuracy on test problems, second stage", xlabel="step", ylabel="share right", ylim=(0, 1.03))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(loc="center right", bbox_to_anchor=(1.0, 0.63))
-    figure.savefig(HERE / "curves.png", dpi=110)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -226,15 +195,7 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer", action="store_true", help="train the tokenizer and write it with the configurations"
     )
-    parser.add_argument(
-        "--curves", nargs=4, type=Path, metavar="RUN",
-        help="only draw curves.png, from out_teacher0 out_teacher out_student0 out_student"
-    )
     args = parser.parse_args()
-    if args.curves:
-        draw_curves(args.curves)
-        return
-
     train, test = make_rows(8000, "train", test=False), make_rows(1000, "test", test=True)
     assert not {r["prompt"] for r in train} & {r["prompt"] for r in test}
     write_jsonl(HERE / "train.jsonl", train)

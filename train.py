@@ -617,8 +617,8 @@ def step_flops(pair: Pair, rollout: Rollout, config: Config) -> dict[str, float]
 
 def plan(config: Config) -> dict[str, float]:
     """Print parameters, memory by part and FLOP by prefix length, from the two configurations alone. Returns bytes per
-    device "while sampling" and "while learning". Every response is taken to be as long as can be. Not counted:
-    evaluation, whose cache grows with --eval_batch_size x --max_new_tokens, and parts of a few percent.
+    device "while sampling", "while learning" and "while evaluating". Every response is taken to be as long as can be.
+    Parts of a few percent are not counted.
     """
     prompt, prompt_t = 64, 512 if config.teacher_prompt else 64
     whole = max(config.max_new_tokens, config.prefix_len if config.window == "prefix" else 0)
@@ -637,17 +637,22 @@ def plan(config: Config) -> dict[str, float]:
     block = 4 * (4 * H + 2 * heads * (s.model_type == "qwen3")) + size * (2 * H + 2 * heads + 4 * s.intermediate_size)
     tokens = max(config.micro_tokens, prompt + length)
     writers = {"student": [s, t] if config.mix else [s], "teacher": [t], "data": []}[config.rollout]
-    kv = sum(2 * w.num_hidden_layers * w.num_key_value_heads * head_dim_of(w) for w in writers)
+    kv, kv_s = (sum(2 * size * w.num_hidden_layers * w.num_key_value_heads * head_dim_of(w) for w in models)
+                for models in (writers, [s]))  # bytes per token
+    slots, asked = min(rows, MAX_SLOTS), min(config.eval_batch_size, config.eval_problems or config.eval_kl)
     always = {
         "student: float32 weights": 4 * P / config.shard, "student: AdamW's moments": 8 * P / config.shard,
         "student: copy that samples": size * P * (size < 4 or config.shard > 1),
-        "teacher": 0 if config.teacher_device else size * P_t / (config.shard if config.shard_teacher else 1),
-        "KV cache": kv * ((prompt_t if teacher_writes else prompt) + length) * min(rows, MAX_SLOTS) * size}
+        "teacher": 0 if config.teacher_device else size * P_t / (config.shard if config.shard_teacher else 1)}
+    cache = {"KV cache": kv * ((prompt_t if teacher_writes else prompt) + length) * slots}
     # --shard gathers for a forward: both models' embeddings and heads, and two of the student's blocks at a time.
     gathered = size * (V * H * (2 - s.tie_word_embeddings) + 2 * P // layers) if config.shard > 1 else 0
     gathered += 2 * size * t.vocab_size * t.hidden_size if config.shard_teacher else 0
-    sampling = {"logits of the new tokens": min(rows, MAX_SLOTS) * V * 24}
-    learning = {
+    sampling = cache | {"logits of the new tokens": slots * V * 24}
+    most = max(asked, slots * (config.rollout == "student"))  # a cache that has grown stays
+    evaluating = {"KV cache of evaluation": kv_s * (prompt + max(config.max_new_tokens, length)) * most,
+                  "logits of evaluation": asked * V * 24} if asked else {}
+    learning = cache | {
         "weights gathered by --shard": gathered, "gradients": 4 * P / config.shard, "gradient of the head": 4 * V * H,
         "logits of a chunk": min(CHUNK_ROWS, tokens) * V * 4 * (9 if on_gpu else 2.5),
         "activations kept for backward": tokens * (4 * H * layers + block if config.recompute else block * layers)}
@@ -657,10 +662,11 @@ def plan(config: Config) -> dict[str, float]:
           f"\nassumed: prompts of {prompt} tokens ({prompt_t} to the teacher), whole responses of {whole}, {rows} of "
           f"{config.batch_size} rows on a device, micro-batches of {config.micro_tokens} tokens, {size}-byte numbers "
           f"in forward passes ({'GPU' if on_gpu else 'CPU; --device cuda plans for a GPU that is not here'})\n\n"
-          "memory of a device, GB of 1e9 bytes, without evaluation and what torch itself takes")
-    found = {f"while {name}": sum(always.values()) + sum(more.values())
-             for name, more in (("sampling", sampling), ("learning", learning))}
-    for part, b in (always | sampling | learning | {f"in all, {name}": b for name, b in found.items()}).items():
+          "memory of a device, GB of 1e9 bytes, without what torch itself takes")
+    found = {f"while {name}": sum(always.values()) + sum(more.values()) for name, more in (
+        ("sampling", sampling), ("learning", learning), ("evaluating", evaluating)) if more}
+    parts = always | sampling | learning | evaluating
+    for part, b in (parts | {f"in all, {name}": b for name, b in found.items()}).items():
         print(f"  {part:40}{b / 1e9:10.3f}")
 
     def flops(writer, length: int, window: str = "prefix") -> list[float]:

@@ -194,10 +194,12 @@ class Run:
                                  f"{free / 1e9:.1f} GB are free; free some or choose another")
         all_gather(None)
 
-    def interrupt(self, *_) -> None:
+    def interrupt(self, number: int, _frame) -> None:
         """What Ctrl-C, SIGTERM or a closed terminal does during the loop. A second Ctrl-C or SIGTERM ends the process;
         SIGHUP may come twice, since a terminal that closes sends two."""
         self.interrupted = True
+        if number == signal.SIGINT and rank() == 0:
+            print("\nending after this step or evaluation; Ctrl-C again ends at once", flush=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -311,15 +311,15 @@ def test_waits_and_products_of_a_micro_batch(run, capsys):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_plan_foresees_the_peak(recompute, tmp_path, capsys):
-    """Qwen3-1.7B from 8B, batch 64, prefix 1,024: the peaks of sampling and of a micro-batch, when gradients and both
-    moments are there."""
+    """Qwen3-1.7B from 8B, batch 64, prefix 1,024: the peaks of sampling, of a micro-batch, when gradients and both
+    moments are there, and of an evaluation."""
     qwen3("1.7B").save_pretrained(tmp_path / "student")
     qwen3("8B").save_pretrained(tmp_path / "teacher")
     with contextlib.nullcontext() if real else fake_cuda(shapes=True):
         choose_device("cuda")
         planned = train.plan(train.Config(
-            student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), batch_size=64, max_new_tokens=1024,
-            recompute=recompute)).values()
+            student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), batch_size=64, max_new_tokens=4096,
+            eval_problems=500, eval_batch_size=100, recompute=recompute)).values()
         student, teacher, sampler = (on_card(qwen3(name), dtype) for name, dtype in (
             ("1.7B", torch.float32), ("8B", torch.bfloat16), ("1.7B", torch.bfloat16)))
         student.recompute, sampler.vocab = recompute, REAL_IDS
@@ -338,6 +338,13 @@ def test_the_plan_foresees_the_peak(recompute, tmp_path, capsys):
             hidden = student(tokens[:, :-1])[mask].to(torch.bfloat16)
         distill_loss(hidden, student.head, hidden_t, teacher.head, targets=tokens[:, 1:][mask], vocab=REAL_IDS,
                      stop_ids=(2, 3))[0].backward()
+        peaks.append(torch.cuda.max_memory_allocated())
+        for p in student.parameters():
+            p.grad = None
+        del hidden, hidden_t
+        cache_for(sampler, 100, 64 + 4096)
+        torch.cuda.reset_peak_memory_stats()
+        generate(sampler, [[5] * 64] * 100, 2, (2, 3))
         peaks.append(torch.cuda.max_memory_allocated())
         assert len(moments) == 2 * len(list(student.parameters()))
     assert peaks == pytest.approx([*planned], rel=0.15)

@@ -114,6 +114,8 @@ def in_fifty_digits(hidden_s, head_s, hidden_t, head_t, targets, loss, beta, top
             s = [(1 - beta) * mpmath.log(a / b) for a, b in zip(p, m)]
             value = mpmath.fsum(a * b for a, b in zip(p, s))
             value += beta * mpmath.fsum(a * mpmath.log(a / b) for a, b in zip(q, m))
+        elif loss not in ("reverse_kl", "forward_kl", "sampled_kl", "cross_entropy"):
+            raise NotImplementedError(f"write the definition of {loss} here")
         mean = mpmath.fsum(a * b for a, b in zip(p, s))
         dz = [a * (b - mean) for a, b in zip(p, s)]
         if loss == "forward_kl":

@@ -555,7 +555,8 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as m:
         m.setattr(train, "log_step", interrupt)
         run(*flags, "--out_dir", out)
-    assert "after 2 steps (interrupted; go on with --resume)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Ctrl-C again ends at once" in said and "after 2 steps (interrupted; go on with --resume)" in said
     run("--resume", "--out_dir", out)
     assert records(out) == records(tmp_path / "alone")
     assert same_weights(out / "step_000003", tmp_path / "alone/step_000003")

@@ -513,6 +513,7 @@ def examine(pair: Pair, test: list[dict], config: Config, run: Run) -> None:
     to the teacher by position, and what a response of full length costs. One record in the log, one line, and one
     response to look at."""
     start = time.perf_counter()
+    pair.sampler.cache = None  # else it grew to the rows of a step times the positions of an evaluation
     record, answers = evaluate(
         pair.sampler, pair.tokenizer, test, max_new_tokens=config.max_new_tokens, stop_ids=pair.stop_ids,
         temperature=config.temperature, slots=config.eval_batch_size,
@@ -535,7 +536,7 @@ def examine(pair: Pair, test: list[dict], config: Config, run: Run) -> None:
             said += f"; the first {prefix_len:,} tokens hold {record['kl_in_prefix']:.0%} of it"
         flops = step_flops(pair, rollout, config)  # without sampling (0 here): one forward, a third of learning
         record["flop_per_whole_response"] = (sum(flops.values()) + flops["flop_student"] / 3) / len(rollout.lens)
-    pair.sampler.cache = None  # larger than a training step's
+    pair.sampler.cache = None
     run.write({"step": run.step, "eval": "sampled", **record, "seconds": time.perf_counter() - start})
     print(f"step {run.step}, {len(test)} held-out problems: {said}\nits response to the first:\n"
           f"{shorten(answers[0]['response'], 12)}", flush=True)
@@ -649,8 +650,7 @@ def plan(config: Config) -> dict[str, float]:
     gathered = size * (V * H * (2 - s.tie_word_embeddings) + 2 * P // layers) if config.shard > 1 else 0
     gathered += 2 * size * t.vocab_size * t.hidden_size if config.shard_teacher else 0
     sampling = cache | {"logits of the new tokens": slots * V * 24}
-    most = max(asked, slots * (config.rollout == "student"))  # a cache that has grown stays
-    evaluating = {"KV cache of evaluation": kv_s * (prompt + max(config.max_new_tokens, length)) * most,
+    evaluating = {"KV cache of evaluation": kv_s * (prompt + config.max_new_tokens) * asked,
                   "logits of evaluation": asked * V * 24} if asked else {}
     learning = cache | {
         "weights gathered by --shard": gathered, "gradients": 4 * P / config.shard, "gradient of the head": 4 * V * H,

@@ -293,7 +293,7 @@ class Run:
               f"{sum(r['seconds'] for r in evals):.1f}\n  {sum(r['tokens'] for r in steps):,} tokens trained on, "
               f"{flop / 1e12:.3g} TFLOP, {flop / sum(seconds.values()) / 1e9:.1f} GFLOP/s")
         whole = [r["flop_per_whole_response"] for r in evals if "flop_per_whole_response" in r]
-        if whole and config.rollout == "student" and config.window == "prefix" and not config.mix:
+        if after and whole and config.rollout == "student" and config.window == "prefix" and not config.mix:
             cut = sum(1 - r["finish"] for r in steps) / len(steps)
             whole = len(steps) * config.batch_size * sum(whole) / len(whole)
             print(f"  the prefix cut {cut:.0%} of the responses; on whole ones the same steps would have cost about "

@@ -562,6 +562,19 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path, monkeypatch, capsys):
     assert same_weights(out / "step_000003", tmp_path / "alone/step_000003")
 
 
+def test_the_cache_of_an_evaluation_has_its_own_rows(tmp_path, monkeypatch):
+    shapes, make = [], sample.KVCache.__init__
+
+    def watch(self, config, slots, max_len, *rest):
+        shapes.append((slots, max_len))
+        make(self, config, slots, max_len, *rest)
+
+    monkeypatch.setattr(sample.KVCache, "__init__", watch)
+    run(*TINY, "--eval_batch_size", "1", "--out_dir", tmp_path)
+    rows = int(TINY[TINY.index("--batch_size") + 1])
+    assert {slots for slots, _ in shapes} == {1, rows} and rows > 1
+
+
 def test_a_second_ctrl_c_in_an_evaluation_loses_no_step(tmp_path, monkeypatch):
     def impatient(pair, test, config, run):
         if run.step == 2:

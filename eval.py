@@ -50,20 +50,21 @@ from sample import Rollout, fit_cap, generate, shorten
 class Pair:
     student: Transformer | None  # float32 weights: at a rate of 1e-6 a bfloat16 weight would not move
     sampler: Transformer  # what samples: the student itself, or a copy in `dtype`
-    teacher: Transformer | None  # sharded over ranks it only scores
+    teacher: Transformer | None  # may be sharded over ranks, and then only scores
     tokenizer: Tokenizer
     teacher_tokenizer: Tokenizer | None
-    vocab: int  # real tokens of both
-    stop_ids: tuple[int, ...]  # of both
-    merged_stops: tuple[int, ...]  # those that are one outcome in the loss: all, or none
+    vocab: int  # ids below it are tokens to both; rows of the heads from it on are padding
+    stop_ids: tuple[int, ...]  # all that end a response for either
+    merged_stops: tuple[int, ...]  # those that are one outcome in the loss: all, or none with --stop_class off
     dtype: torch.dtype  # of the forward passes
 
 
 def load_tokenizers(
     folder: Path, teacher: str = "", *, chat: str = "auto", system: str = "", thinking: str = "", stop_tokens: str = ""
 ) -> tuple[Tokenizer, Tokenizer | None, int, tuple[int, ...]]:
-    """(the tokenizer of a checkpoint, its teacher's, real tokens of both, stop ids of both); they must agree on every
-    id. Real are those that have an id and a row of the head."""
+    """(the tokenizer of a checkpoint, its teacher's or None, number of real tokens, stop ids of both). An id is real if
+    both tokenizers have it and both heads a row for it. Raises InputError where an id means different things to them.
+    """
     ours, teachers = Tokenizer(folder, chat, system, thinking), None
     vocab, stop_ids = min(ours.vocab_size, load_config(folder).vocab_size), {*ours.stop_ids}
     stop_ids |= {*ours.stop_ids_of(stop_tokens)}
@@ -80,7 +81,7 @@ def load_tokenizers(
 
 
 def teacher_template(config, rows: list[dict]) -> str:
-    """What --teacher_prompt says, or the data's own `teacher_prompt`, which the first row brings for all."""
+    """--teacher_prompt, or else the `teacher_prompt` field of the first row, which then holds for all rows."""
     return config.teacher_prompt or rows[0].get("teacher_prompt") or ""
 
 
@@ -186,7 +187,8 @@ def summarize(records: list[dict], num_samples: int) -> dict[str, float]:
     """Of records in the order of problems, `num_samples` for each: finish (share of responses ended by themselves),
     mean_len, median_len, len_95 (tokens); and where all problems have an answer, accuracy (the mean over problems of
     the share of right samples, avg@k) with low and high (95% over problems: by bootstrap, but Wilson's for one sample
-    or where fewer than five have another share than most), accuracy_given_finish (None if none ended), no_answer."""
+    or where fewer than five problems differ from the most frequent share), accuracy_given_finish (None if none ended),
+    no_answer (share of responses)."""
     n, ended = len(records), [r for r in records if r["finished"]]
     lens = torch.tensor([float(r["tokens"]) for r in records])
     found = {"finish": len(ended) / n, "mean_len": lens.mean().item(), "median_len": lens.median().item(),
@@ -206,7 +208,8 @@ def summarize(records: list[dict], num_samples: int) -> dict[str, float]:
 
 
 def by_position(values: Tensor, position: Tensor) -> dict[str, float]:
-    """Mean over the positions 0, 1, 2-3, 4-7, 8-15, ... of the response."""
+    """Mean of values (n,) over the response positions 0, 1, 2-3, 4-7, 8-15, ..., by the first position of each group.
+    position (n,). Groups without values are left out."""
     bucket = torch.log2(position.double().clamp(min=0.5)).floor().long() + 1  # 0 -> 0, 1 -> 1, 2-3 -> 2, ...
     sums = torch.zeros(int(bucket.max()) + 1, dtype=torch.double).index_add_(0, bucket, values.double())
     counts = torch.bincount(bucket)
@@ -303,8 +306,8 @@ def preflight(pair: Pair, rows: list[dict], prefix_len: int, temperature: float,
         if preferred != used and q[preferred] > 100 * q[used]:
             warnings.append(
                 f"stop mismatch: the student ends with {spell(used)}, the teacher with {spell(preferred)}. " + (
-                    "They are one class in the loss, so this costs nothing" if pair.merged_stops else
-                    "Every stop will be punished and responses will run to the cap: leave --stop_class on")
+                    "Losses with a teacher take them as one, so this costs nothing" if pair.merged_stops else
+                    "Every stop will be punished and responses will run to the cap: do not turn --stop_class off")
             )
     lines.append(stops)
     lines.append(f"the first response:\n{shorten(tokenizer.decode(rollout.text_ids(0)), 12)}")
@@ -476,8 +479,9 @@ def respond_for_both(model: Transformer, rows: list[dict], config: Config, stop_
 
 
 def diagnose_positions(config: Config) -> dict:
-    """KL, both entropies and top-1 agreement by response position, with 95% bands of the mean (tokens taken as
-    independent), by thirds of an octave; thirds with fewer tokens than 10 and than responses are omitted."""
+    """KL, both entropies and top-1 agreement by response position, in bins whose edges grow by a factor of 2^(1/3),
+    with 95% bands of the mean (tokens taken as independent). Bins of fewer than min(10, responses) tokens are omitted.
+    """
     students, teacher, _, stop_ids, rows = load_students(config)
     rows, curves = rows[: config.num_problems or 200], {}
     edges = torch.tensor(sorted({round(2 ** (i / 3)) for i in range(3 * 20)}))

@@ -15,7 +15,7 @@ rows, forms z and t, turns z into dz, and multiplies it straight back, dh = dz W
 scales. That is four products with a head per row, where recomputing the logits in `backward` takes six, and memory for
 a chunk of logits, whatever N is.
 
-    loss             value of a row                          gradient dz (times weight / T)
+    loss             value of a row (y: its target token)    gradient dz (times weight / T)
     reverse_kl       D = sum p (log p - log q)               p (s - D), s = log p - log q
     topk_reverse_kl  the same over the top-k tokens and one  p (s - D), s the log-ratio of the token's bucket
                      bucket that holds all the others
@@ -71,8 +71,8 @@ def distill_loss(
 
     hidden_s (N, H), head_s (V, H): the student's hidden states and head. hidden_t (N, H_t), head_t (V_t, H_t): the
         teacher's, taken as constants; may be None for cross_entropy only. Hidden states in float64, float32 or half
-        precision (float16 has no room for small gradients); heads are cast to it, on a CPU both to float32, and
-        products of half precision are still delivered in float32.
+        precision (float16 has no room for small gradients). A head is cast to its hidden states' dtype; half precision
+        goes to float32 on a CPU, and on a GPU is multiplied as it is, into float32.
     token_weights (N,): weight of each row, by default 1 / N. For a step split into parts, pass 1 / (rows of the whole
         step). temperature: divides both models' logits. beta: the jsd's mixture, 0 < beta < 1. top_k: how many of the
         teacher's most likely tokens topk_reverse_kl keeps.
@@ -88,8 +88,8 @@ def distill_loss(
     Returns (loss, stats): a scalar, and detached (N,) tensors: "loss" (unweighted), "student_entropy", and where there
     is a teacher "kl" (reverse, in nats, whatever the loss), "teacher_entropy", "agree" (same most likely token); with
     targets "student_logprob" and, with a teacher, "teacher_logprob". All at `temperature`, stop_ids merged.
-    Raises ValueError on an unknown loss, missing targets or teacher, ids beyond the vocabulary, or inputs of different
-    N. Cannot be differentiated twice.
+    Raises ValueError on an unknown loss, missing targets or teacher, ids or options out of range, or inputs of
+    different N. backward works once, and its gradient cannot be differentiated (RuntimeError).
     """
     if loss not in LOSSES:
         raise ValueError(f"loss {loss!r} is none of {', '.join(LOSSES)}")
@@ -165,7 +165,7 @@ class FusedDivergence(torch.autograd.Function):
                         names, stats = tuple(found), torch.empty(n, len(found), dtype=wide, device=h.device)
                     stats[chunk][block] = torch.cat(list(found.values()), dim=1)
                 dz = z.mul_(scale[chunk])  # z holds the gradient with respect to the logits now
-                if stops is not None:  # the gradient of the class flows back through each id's share of it
+                if stops is not None:  # the gradient of the merged outcome, shared out by each id's probability in it
                     dz.index_copy_(1, stops, dz[:, stops[:1]] * own.softmax(-1))
                 dz = operand(dz, h)
                 if want_hidden:
@@ -175,7 +175,7 @@ class FusedDivergence(torch.autograd.Function):
                 del z, t, dz  # before the next chunk's are made
 
         total = (stats[:, names.index("loss")] * weights.to(wide)).sum()
-        # The gradients ride on ctx, not in save_for_backward: they are results, and there is no second derivative.
+        # The gradients are kept on ctx, not by save_for_backward: they are results, and there is no second derivative.
         ctx.gradients = [None if g is None else g.to(x.dtype) for g, x in ((d_hidden, hidden_s), (d_head, head_s))]
         ctx.mark_non_differentiable(stats)
         return total, names, stats
@@ -220,7 +220,7 @@ def value_and_gradient(
         stats["agree"] = t_top == top
         if y is not None:
             stats["teacher_logprob"] = t.gather(-1, y) - log_Z_t
-        score = z - t  # (b, V), log p - log q but for a constant of the row, log_Z_t - log_Z_s: 0 at `top`
+        score = z - t  # (b, V), s less a constant of its row, log_Z_t - log_Z_s, which makes it 0 at `top`
         mean = dot(p, score)
         stats["kl"] = (mean + (log_Z_t - log_Z_s)).clamp_(min=0)  # below 0 by rounding only
 

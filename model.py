@@ -10,8 +10,8 @@ tensor never exists.
     hidden = model(tokens)                 # (B, T) -> (B, T, H)
     logits = hidden @ model.head.T         # (B, T, V), for those who can afford it
 
-Read in this order: RMSNorm, rotary embedding, Attention, MLP, Block, Transformer; then how a large one is sharded, what
-a model costs, and which device it runs on.
+Read in this order: RMSNorm, rotary embedding, Attention, MLP, Block, Transformer; then teachers of other families, how
+a large model is sharded, what a model costs, and which device it runs on.
 """
 
 import math
@@ -65,7 +65,7 @@ def rope_frequencies(config) -> tuple[Tensor, float]:
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         return freq * (kept + (1 - kept) / factor), 1.0
-    # yarn: the feature pair that completes n turns in the original context has the index
+    # yarn: the index of the pair of features that completes so many turns in the original context
     def pair(turns: float) -> float:
         return D * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
@@ -160,7 +160,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The model. `config` is a transformers configuration of one of the supported families."""
+    """`config` is a transformers configuration of one of the supported families."""
 
     def __init__(self, config):
         super().__init__()
@@ -168,7 +168,7 @@ class Transformer(nn.Module):
         self.vocab = config.vocab_size  # the tokenizer may have fewer ids; rows of the head beyond them are padding
         self.frequencies, self.rope_scale = rope_frequencies(config)  # no buffers: models are built on "meta" first
         self.recompute = False  # compute activations again in backward: less memory, a third more FLOP
-        self.cache = self.graphs = None  # sample.py's, kept between calls: KV cache; CUDA graphs, which {} asks for
+        self.cache = self.graphs = None  # sample.py keeps its KV cache here, and CUDA graphs if `graphs` is a dict
         self.model = nn.Module()  # the Hugging Face trees put everything but the head under "model."
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -208,8 +208,8 @@ class Transformer(nn.Module):
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Of real tokens, to sample from: (n, H) -> (n, vocab), in float32 or wider. On a GPU never rounded to half
-        precision, in which likely tokens would tie."""
+        """Logits of real tokens only, to sample from: (n, H) -> (n, vocab), in float32 or wider. On a GPU never rounded
+        to half precision, in which likely tokens would tie."""
         head = self.head[: self.vocab]
         if hidden.is_cuda and hidden.dtype.itemsize < 4:
             return torch.mm(hidden, head.T, out_dtype=torch.float32)
@@ -344,8 +344,8 @@ def shard(model: Transformer, group: int, dtype: torch.dtype) -> Transformer:
     `dtype`, and backward leaves the sum over all ranks of the gradients, in float32.
 
     Embedding, final norm and head are gathered together by forward and stay so until backward ends: read `head` after
-    forward. All ranks must run forward and backward equally often, since they wait for each other there, and never
-    forward alone: the weights it gathered would be used again after the optimizer's step.
+    forward. All ranks must run forward and backward equally often, since they wait for each other there. A model that
+    is trained must not run forward alone: the weights it gathered would be used again after the optimizer's step.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -397,8 +397,8 @@ def count_parameters(config) -> int:
 
 
 def weights_per_token(config) -> float:
-    """Of another family: numbers in its matrices but for embedding and head; of experts the share that a token is sent
-    to."""
+    """Weights that one token is multiplied with, in a model of another family, without embedding and head; of a layer's
+    experts only the share that the token is sent to."""
     if not hasattr(config, "weights_per_token"):  # building a large model takes a while, even without its numbers
         model = without_numbers(config)
         ends = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -415,7 +415,7 @@ def weights_per_token(config) -> float:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """Of forward passes."""
+    """The dtype of forward passes unless a flag says otherwise."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 

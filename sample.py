@@ -51,7 +51,7 @@ class Rollout:
     finished: Tensor  # (B,) bool: ended with a stop token; else it was cut at the cap
     supervised: Tensor  # (B, 2) int64, first and last + 1 of the response positions to learn from
     flop: float = 0.0  # matmul FLOP of sampling them
-    for_teacher: "Rollout | None" = None  # the same responses behind what the teacher reads as prompts
+    for_teacher: "Rollout | None" = None  # what the teacher reads: its own prompts, then the same responses
 
     @classmethod
     def of(cls, prompts: list[list[int]], responses: list[list[int]], stop_ids: tuple[int, ...]) -> "Rollout":
@@ -79,9 +79,9 @@ class Rollout:
         return self.response(i)[:-1] if self.finished[i] else self.response(i)
 
     def micro_batches(self, micro_tokens: int) -> Iterator[Tensor]:
-        """Rows (b,) to go forward and backward together: longest first, at most `micro_tokens` tokens (one row at
-        least), padding included, to either model. A row goes with none that is more than twice as long, so that little
-        is padding."""
+        """Indices (b,) of rows to go forward and backward together, longest first: at most `micro_tokens` tokens with
+        padding, for the student and for the teacher, or one row. A row goes with none more than twice as long, so that
+        little is padding."""
         ends = self.prompt_lens + self.supervised[:, 1]
         if self.for_teacher is not None:
             ends = ends.maximum(self.for_teacher.prompt_lens + self.supervised[:, 1])
@@ -98,17 +98,17 @@ class Rollout:
         (n,), on `device`, and position (n,), on the CPU.
 
         hidden[i, t] predicts tokens[i, t + 1]. `at` are the indices, among all b * (T-1) hidden states, of the n that
-        predict a supervised token: of a whole response those at P-1 .. P+len-2, so its own stop token is predicted and
-        nothing of the prompt. targets are the tokens predicted; position counts from the response's start. (Indices and
-        not a mask: a GPU would have to wait to be told how many are set.)
+        predict a supervised token: of a whole response of L tokens behind P of prompt those at P-1 .. P+L-2, so its
+        own stop token is predicted and nothing of the prompt. targets are the tokens predicted; position counts from
+        the response's start. (Indices and not a mask: a GPU would have to wait to be told how many are set.)
         """
         if not len(rows):  # a rank without work, which takes part in the others' forward
             none = torch.zeros(0, dtype=torch.long)
             return torch.zeros(1, 1, dtype=torch.long, device=device), none.to(device), none.to(device), none
         prompt_lens = self.prompt_lens[rows, None]  # (b, 1)
-        first, end = (prompt_lens + self.supervised[rows]).split(1, dim=1)  # (b, 1) each, in places of the row
+        first, end = (prompt_lens + self.supervised[rows]).split(1, dim=1)  # (b, 1) each, from the row's start
         tokens = self.tokens[rows, : int(end.max())]
-        t = torch.arange(1, tokens.shape[1])  # places of the tokens that are predicted
+        t = torch.arange(1, tokens.shape[1])  # indices in the row of the tokens that are predicted
         mask = (first <= t) & (t < end)  # (b, T-1)
         at, targets = mask.flatten().nonzero()[:, 0], tokens[:, 1:][mask]
         return tokens[:, :-1].to(device), at.to(device), targets.to(device), (t - prompt_lens)[mask]
@@ -118,8 +118,8 @@ class KVCache:
     """Keys and values of every layer, (layers, slots, num_kv_heads, max_len, D) each. `attend` is what a forward calls
     in place of causal attention, after `write_prompts` or `write_at` has said where its tokens go.
 
-    A position that a row has not written yet may hold what an earlier row left there; nobody sees it while it is
-    finite, since a row attends up to its own last position only.
+    A position that a row has not written yet may hold what an earlier row left there. The mask gives it weight 0, so
+    it does no harm while it is finite.
     """
 
     def __init__(self, config, slots: int, max_len: int, device, dtype):
@@ -146,7 +146,7 @@ class KVCache:
             keys[self.slots, :, :T], values[self.slots, :, :T] = k, v
             return causal(q, k, v)
         keys[self.slots, :, self.positions], values[self.slots, :, self.positions] = k[:, :, 0], v[:, :, 0]
-        # Grouped heads: the query heads of a group stand as several positions, so that each key is read once.
+        # Query heads that share a key head are passed as if they were positions, so that each key is read once.
         q = q.view(B, kv_heads, -1, D)
         y = F.scaled_dot_product_attention(q, keys[:B, :, : self.length], values[:B, :, : self.length], self.mask)
         return y.reshape(B, -1, 1, D)  # no view: a GPU's kernels lay y out by (B, heads of a group, kv_heads, D)
@@ -202,7 +202,7 @@ def generate(
     seeds: list[int] | None = None, slots: int | None = None, progress: bool = False,
 ) -> Rollout:
     """Sample a response to every prompt, at most `max_new_tokens` long; a row ends early when it samples one of
-    `stop_ids`. The cap ends the sampling: rows that start together are not decoded beyond it.
+    `stop_ids`. Nothing is computed beyond the cap, as long as all rows start together.
 
     temperature: 0 takes the most likely token. top_k, top_p cut the distribution and are for evaluation: the loss of
         training assumes plain sampling.
@@ -214,7 +214,7 @@ def generate(
     N, cap, device, how = len(prompts), max_new_tokens, model.device, (temperature, top_k, top_p)
     longest, slots = max(map(len, prompts)), min(slots or MAX_SLOTS, N)
     cache, stops = cache_for(model, slots, longest + cap), torch.tensor(stop_ids, dtype=torch.long, device=device)
-    look_every = 1 if device.type == "cpu" else 16  # to see who has ended, we wait for a GPU; ended rows compute on
+    look_every = 1 if device.type == "cpu" else 16  # a look waits for the GPU; until then ended rows compute on
 
     # The state is kept by row. A row's next token goes to ids[row, count[row]]: that of an ended row too, where nobody
     # reads it (hence cap + 1 columns). Row N is filler: it pads a batch to the size of a recorded graph, at position 0.
@@ -255,7 +255,7 @@ def generate(
     bar = tqdm(desc="sample", unit=" tok", leave=False, disable=None if progress else True)
     while True:
         if step == look:
-            alive = going.tolist()  # true for waiting rows, so right below for those that regroup starts
+            alive = going.tolist()  # also true of rows that wait: regroup may start some of them below
             free = [slot for slot, row in enumerate(held) if not alive[row]]
             bar.update(int(count.sum()) - bar.n if progress else 0)
             if len(free) == len(held) and not waiting:
@@ -398,7 +398,8 @@ def main(config: Config) -> None:
 
 def fit_cap(config, name: str, prompts: list[list[int]], positions: int, where: str = "") -> None:
     """Lower the flag `name`, a cap on responses, to what a model of so many positions has room for behind the longest
-    prompt. Raises InputError where nothing fits, or the flag was typed or is --prefix_len. where: whose prompts."""
+    prompt. Raises InputError instead where there is no room at all, the flag was typed, or it is --prefix_len. where:
+    whose prompts, for the message."""
     cap, longest = getattr(config, name), max(map(len, prompts))
     room = positions - longest
     if cap > room and (room < 1 or name in config.typed or name == "prefix_len"):

@@ -42,7 +42,7 @@ from loss import CHUNK_ROWS, LOSSES, distill_loss
 from model import Transformer, choose_device, count_flops, count_parameters, default_dtype, load_teacher, shard
 from sample import MAX_SLOTS, Rollout, fit_cap, generate, shorten
 
-# Ctrl-C, kill, and a terminal that closes, where nohup does not ignore that
+# Signals that end the run after its step: Ctrl-C, kill, and a terminal that closes (unless nohup ignores that).
 ENDING = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not on Windows
     ENDING.append(signal.SIGHUP)
@@ -79,7 +79,7 @@ class Config:
     rollout: str = flag("student", "who writes the responses: student (on-policy), teacher, or data (its `solution`)",
                         choices=("student", "teacher", "data"))
     mix: float = flag(0.0, "share of each batch's rows whose responses the teacher writes, whole (up to "
-                      "--max_new_tokens), with --rollout student: keeps what lies beyond a short prefix in place",
+                      "--max_new_tokens), with --rollout student: so that what follows a short prefix is not unlearnt",
                       least=0, most=1)
     loss: str = flag("reverse_kl", f"what is minimised: {', '.join(LOSSES)}", choices=LOSSES)
     beta: float = flag(0.5, "mixture of the jsd loss", above=0, below=1)
@@ -150,7 +150,7 @@ def fill_in(c: Config) -> None:
          f"--schedule adaptive follows the end of the prefix: it needs --window prefix or first, found {c.window}"),
         (c.teacher_prompt and not c.teacher, "--teacher_prompt is for a run with a teacher"),
         (c.mix > 0 and c.rollout != "student", f"--mix is for --rollout student, found --rollout {c.rollout}"),
-        (c.mix > 0 and c.schedule == "adaptive" and not c.resume,
+        (c.mix > 0 and c.schedule == "adaptive" and not c.resume,  # runs from before this was refused may go on
          "--schedule adaptive follows the student's rows alone: it excludes --mix"),
         (c.mix > 0 and c.window != "prefix", "--mix and --window exclude each other"),
         (0 < c.mix and round(c.mix * c.batch_size) == 0,
@@ -209,8 +209,8 @@ def load_pair(config: Config, resume_from: Path | None) -> Pair:
     student.recompute, student.vocab = config.recompute, vocab
     print(f"student {config.student}: {count_parameters(student.config):,} parameters, float32"
           + (f"; teacher {config.teacher}: {count_parameters(teacher.config):,}, {config.dtype}" if teacher else ""))
-    # If `dtype` is not float32, or with --shard (FSDP would go on with weights it has gathered), a copy samples; it is
-    # updated in place, for CUDA graphs (`copy_from`).
+    # A copy samples if `dtype` is not float32, and with --shard, where a forward alone would leave old weights gathered
+    # (model.py, `shard`). `copy_from` updates it in place, since CUDA graphs have recorded its addresses.
     sampler = student
     if dtype != torch.float32 or config.shard > 1:
         sampler = copy.deepcopy(student).to(dtype).requires_grad_(False)
@@ -266,10 +266,10 @@ def grow(state: dict, kl: Tensor, position: Tensor, lens: Tensor, config: Config
     """The adaptive schedule: its next state, from a step's KL (n,) at the response positions (n,), and the lengths of
     its responses (B,).
 
-    The prefix grows by half when the KL of its last half is down to a tenth of what it was in the run's first step, or,
-    smoothed over steps, has not fallen by 5% below its lowest for three steps; but only if a quarter of the responses
-    reach its end, since otherwise a longer prefix would add little. After adaptive FastOPD (arXiv 2607.29494), whose
-    four signals this reduces to two.
+    The prefix grows by half when the KL of its last half falls below a tenth of what that was in the run's first step,
+    or when its running mean has not come down by 5% for three steps; but only if a quarter of the responses reach its
+    end, since otherwise a longer prefix would add little. After adaptive FastOPD (arXiv 2607.29494), whose four signals
+    this reduces to two.
     """
     length = state["prefix_len"]
     edge = kl[(position >= length // 2) & (position < length)]
@@ -277,7 +277,7 @@ def grow(state: dict, kl: Tensor, position: Tensor, lens: Tensor, config: Config
         return state
     edge_kl = edge.double().mean().item()
     first = state.get("first", edge_kl)
-    if state["smooth"] is None:  # the first step at this length
+    if state["smooth"] is None:  # the first step at this length: -1, so that it does not count as waiting
         state = {"prefix_len": length, "smooth": edge_kl, "first": first, "lowest": edge_kl, "waited": -1}
     smooth = 0.7 * state["smooth"] + 0.3 * edge_kl
     fell = smooth < 0.95 * state["lowest"]
@@ -292,8 +292,8 @@ def grow(state: dict, kl: Tensor, position: Tensor, lens: Tensor, config: Config
 
 
 def batch_of(rows: list[dict], step: int, config: Config) -> list[dict]:
-    """The rows of a step: a fresh permutation every epoch, a function of (seed, step) alone, so resuming needs no
-    state."""
+    """The rows of a step: shuffled anew every epoch by (seed, epoch) alone, so resuming needs no state. Primes space
+    the generators' seeds, here and in `respond`, so that runs with --seed 1, 2, 3 share no orders or samples."""
     wanted = range(step * config.batch_size, (step + 1) * config.batch_size)
     batch = []
     for epoch in range(wanted.start // len(rows), (wanted.stop - 1) // len(rows) + 1):
@@ -305,9 +305,9 @@ def batch_of(rows: list[dict], step: int, config: Config) -> list[dict]:
 def respond(batch: list[dict], step: int, prefix_len: int, config: Config, pair: Pair) -> Rollout:
     """A response to every prompt of the batch.
 
-    The first rows are the teacher's (--mix) or all of them are (--rollout teacher), or all are the data's solutions;
-    the student writes the others. Of whole responses, a --window picks the tokens to supervise. Of several ranks, each
-    takes its rows; what is random is drawn for the whole batch, so that it does not depend on their number.
+    The student writes them; with --mix the teacher writes the first rows, with --rollout teacher all. --rollout data
+    takes the solutions, cut as responses are. A --window other than prefix supervises a part of whole responses. Each
+    rank takes its rows; what is random is drawn for the whole batch, so that it does not depend on the ranks' number.
     """
     generator = torch.Generator().manual_seed(config.seed + 104729 * (step + 1))
     seeds = torch.randint(2**63 - 1, (len(batch),), generator=generator).tolist()
@@ -386,8 +386,7 @@ def train(config: Config) -> None:
 
 
 def distill(config: Config, resume_from: Path | None) -> None:
-    """The run: what it needs, then its steps."""
-    Clock.moment = all_gather(Clock.moment)[0]  # chat templates see one time on all ranks
+    Clock.moment = all_gather(Clock.moment)[0]  # the date that chat templates may print: rank 0's on every rank
     rows, test = read_prompts(config)  # before the models, which may have to be downloaded
     pair = load_pair(config, resume_from)
     prepare_prompts(config, rows, test, pair)
@@ -398,7 +397,7 @@ def distill(config: Config, resume_from: Path | None) -> None:
     autocast = {"device_type": device.type, "dtype": pair.dtype,
                 "enabled": pair.dtype.itemsize < 4 and config.shard == 1}  # --shard casts by itself
     inputs = {"file of --data": zlib.crc32(resolve(config.data, "train").read_bytes())}
-    inputs["surroundings of prompts"] = pair.tokenizer.surroundings()
+    inputs["surroundings of prompts"] = pair.tokenizer.surroundings()  # what the chat template puts around a prompt
     if teacher is not None:
         inputs["surroundings of the teacher's prompts"] = pair.teacher_tokenizer.surroundings()
         inputs["teacher's weights"] = fingerprint(checkpoint_folder(config.teacher))
@@ -482,8 +481,8 @@ def log_step(
     run: Run, pair: Pair, rollout: Rollout, stats: dict, seconds: dict, prefix_len: int, grad_norm: float, bar: tqdm
 ) -> None:
     """Gather a step from all ranks, its statistics by token and the lengths of its responses, write its record to
-    log.jsonl (data/readme.md explains the fields) and show it: in a terminal a bar; into a file a line now and then. An
-    adaptive prefix grows by them."""
+    log.jsonl (data/readme.md explains the fields) and show it: in a terminal a bar; into a file a line now and then.
+    Also take the adaptive prefix to its next state."""
     ranks = all_gather({"stats": stats, "lens": rollout.lens, "finished": rollout.finished,
                         "flops": step_flops(pair, rollout, run.config)})
     stats = {name: torch.cat([r["stats"][name] for r in ranks]) for name in ranks[0]["stats"]}
@@ -513,7 +512,7 @@ def examine(pair: Pair, test: list[dict], config: Config, run: Run) -> None:
     to the teacher by position, and what a response of full length costs. One record in the log, one line, and one
     response to look at."""
     start = time.perf_counter()
-    pair.sampler.cache = None  # else it grew to the rows of a step times the positions of an evaluation
+    pair.sampler.cache = None  # else `cache_for` would grow it to the most rows and the most positions of both uses
     record, answers = evaluate(
         pair.sampler, pair.tokenizer, test, max_new_tokens=config.max_new_tokens, stop_ids=pair.stop_ids,
         temperature=config.temperature, slots=config.eval_batch_size,
@@ -534,7 +533,7 @@ def examine(pair: Pair, test: list[dict], config: Config, run: Run) -> None:
         said += f", KL to the teacher {record['kl']:.4f} nats per token"
         if run.step == 0:
             said += f"; the first {prefix_len:,} tokens hold {record['kl_in_prefix']:.0%} of it"
-        flops = step_flops(pair, rollout, config)  # without sampling (0 here): one forward, a third of learning
+        flops = step_flops(pair, rollout, config)  # flop_sample is 0 here; sampling costs a forward, 1/3 of learning
         record["flop_per_whole_response"] = (sum(flops.values()) + flops["flop_student"] / 3) / len(rollout.lens)
     pair.sampler.cache = None
     run.write({"step": run.step, "eval": "sampled", **record, "seconds": time.perf_counter() - start})
@@ -543,7 +542,7 @@ def examine(pair: Pair, test: list[dict], config: Config, run: Run) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes of the device since the last call; 0 on a CPU."""
+    """Most bytes allocated on the device at once since the last call; 0 on a CPU."""
     if device.type != "cuda":
         return 0
     peak = torch.cuda.max_memory_allocated(device)
@@ -570,9 +569,10 @@ def must_be_finite(stats: dict[str, Tensor]) -> None:
 
 @contextmanager
 def say_what_to_change(run: Run):
-    """Around the loop. Out of memory, or numbers that are not finite, end it with one line that names the flag to
-    change. A process alone first saves the run as it was after its last whole step, also where its terminal or pipe is
-    gone or Ctrl-C came twice; of several ranks torchrun ends the others, and the last checkpoint counts."""
+    """Wraps the loop. When memory runs out or a number is not finite, raise InputError naming the flag to change. A run
+    of one process first saves the state after its last whole step; so also when writing fails, or Ctrl-C comes twice,
+    but then not in "learning": weights may be half changed. Several ranks save nothing: their last checkpoint counts.
+    """
     def save() -> None:
         if run.step and world_size() == 1 and run.saved != run.checkpoint:
             run.save()
@@ -625,7 +625,7 @@ def plan(config: Config) -> dict[str, float]:
     whole = max(config.max_new_tokens, config.prefix_len if config.window == "prefix" else 0)
     length = whole if config.mix or config.window != "prefix" else config.prefix_len
     teacher_writes = config.mix > 0 or config.rollout == "teacher"
-    on_gpu = (config.device or choose_device("").type).startswith("cuda")  # which need not be here
+    on_gpu = (config.device or choose_device("").type).startswith("cuda")  # a plan may be for a GPU that is not here
     size = 2 if (config.dtype or ("bfloat16" if on_gpu else "float32")) == "bfloat16" else 4
     s, t = load_config(checkpoint_folder(config.student, ("config.json",))), None
     if config.teacher:
@@ -649,7 +649,7 @@ def plan(config: Config) -> dict[str, float]:
     # --shard gathers for a forward: both models' embeddings and heads, and two of the student's blocks at a time.
     gathered = size * (V * H * (2 - s.tie_word_embeddings) + 2 * P // layers) if config.shard > 1 else 0
     gathered += 2 * size * t.vocab_size * t.hidden_size if config.shard_teacher else 0
-    sampling = cache | {"logits of the new tokens": slots * V * 24}
+    sampling = cache | {"logits of the new tokens": slots * V * 24}  # sample_token: two in float32, two in float64
     evaluating = {"KV cache of evaluation": kv_s * (prompt + config.max_new_tokens) * asked,
                   "logits of evaluation": asked * V * 24} if asked else {}
     learning = cache | {

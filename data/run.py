@@ -38,8 +38,8 @@ MAY_CHANGE = {"steps", "eval_every", "save_every", "resume", "overwrite", "out_d
 
 
 def restore_flags(config) -> Path:
-    """The checkpoint to resume from. `config` gets the run's own settings for all flags that were not typed; those that
-    were must not change what the run is."""
+    """The checkpoint to resume from. Flags of `config` that were not typed get the run's values; InputError if a typed
+    one differs and is not in MAY_CHANGE, or if --steps differs and sets the pace of a schedule."""
     out, found = Path(config.out_dir), checkpoints(Path(config.out_dir))
     if config.overwrite:
         raise InputError("--resume and --overwrite contradict each other")
@@ -79,8 +79,8 @@ def read_state(folder: Path) -> dict:
 
 @contextmanager
 def claim(config):
-    """Lock --out_dir for the length of the block. Refuses a folder where a fresh run would destroy an earlier run, a
-    model, or anything that is no run's; that cannot be written to; or where another run is at work."""
+    """Lock --out_dir for the length of the block. Raises InputError where it cannot be written to, another run is at
+    work there, or a fresh run would spoil an earlier one (without --overwrite), a model or another's config.json."""
     out = Path(config.out_dir)
     try:
         if not config.resume:
@@ -162,12 +162,12 @@ def fingerprint(folder: Path) -> list[list]:
 
 
 class Run:
-    """The state of a run beside its models: `step` (steps made), `stage` (what it is doing), `adaptive` (state of an
-    adaptive prefix), `interrupted` (by a signal), and its folder on disk. Of several ranks, rank 0 writes and all read.
-    """
+    """The state of a run beside its models: `step` (steps made), `stage` ("sampling", "learning", "saving" or
+    "evaluation", for messages and for what a failure may save), `adaptive` (state of an adaptive prefix),
+    `interrupted` (by a signal), `saved` (its last checkpoint), and its folder. Rank 0 writes, all ranks read."""
 
     def __init__(self, config, pair, optimizer, resume_from: Path | None, inputs: dict):
-        """inputs: checksums of what a resumed run must find unchanged, by what they are of."""
+        """inputs: by name, what must be the same when the run is resumed, as checksums or short descriptions."""
         self.config, self.student, self.tokenizer, self.stop_ids = config, pair.student, pair.tokenizer, pair.stop_ids
         self.optimizer, self.out, self.saved, self.inputs = optimizer, Path(config.out_dir), resume_from, inputs
         self.log, self.step, self.stage, self.interrupted = self.out / "log.jsonl", 0, "", False
@@ -188,6 +188,7 @@ class Run:
                 temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
                 os.replace(temporary, self.log)
             (self.out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
+            # 12 bytes a parameter: float32 weights and AdamW's two moments
             need = 12 * sum(p.numel() for p in self.student.parameters()) * (KEEP + 1 - len(checkpoints(self.out)))
             if (free := shutil.disk_usage(self.out).free) < need:
                 raise InputError(f"--out_dir {self.out}: checkpoints will take {need / 1e9:.1f} GB there and "

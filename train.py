@@ -640,7 +640,8 @@ def plan(config: Config) -> dict[str, float]:
     writers = {"student": [s, t] if config.mix else [s], "teacher": [t], "data": []}[config.rollout]
     kv, kv_s = (sum(2 * size * w.num_hidden_layers * w.num_key_value_heads * head_dim_of(w) for w in models)
                 for models in (writers, [s]))  # bytes per token
-    slots, asked = min(rows, MAX_SLOTS), min(config.eval_batch_size, config.eval_problems or config.eval_kl)
+    slots = min(rows, MAX_SLOTS)
+    asked = min(config.eval_batch_size, math.ceil((config.eval_problems or config.eval_kl) / config.world))
     always = {
         "student: float32 weights": 4 * P / config.shard, "student: AdamW's moments": 8 * P / config.shard,
         "student: copy that samples": size * P * (size < 4 or config.shard > 1),
@@ -650,23 +651,23 @@ def plan(config: Config) -> dict[str, float]:
     gathered = size * (V * H * (2 - s.tie_word_embeddings) + 2 * P // layers) if config.shard > 1 else 0
     gathered += 2 * size * t.vocab_size * t.hidden_size if config.shard_teacher else 0
     sampling = cache | {"logits of the new tokens": slots * V * 24}  # sample_token: two in float32, two in float64
+    chunk = {"logits of a chunk": min(CHUNK_ROWS, tokens) * V * 4 * (9 if on_gpu else 2.5)}
     evaluating = {"KV cache of evaluation": kv_s * (prompt + config.max_new_tokens) * asked,
-                  "logits of evaluation": asked * V * 24} if asked else {}
-    learning = cache | {
+                  "logits of evaluation": asked * V * 24} | chunk if asked else {}
+    learning = cache | chunk | {
         "weights gathered by --shard": gathered, "gradients": 4 * P / config.shard, "gradient of the head": 4 * V * H,
-        "logits of a chunk": min(CHUNK_ROWS, tokens) * V * 4 * (9 if on_gpu else 2.5),
         "activations kept for backward": tokens * (4 * H * layers + block if config.recompute else block * layers)}
     apart = f", {size * P_t / 1e9:.1f} GB on {config.teacher_device}" if config.teacher_device else ""
     teacher = f"; teacher {config.teacher}: {P_t:,}{apart}" if P_t else ""
     print(f"student {config.student}: {P:,} parameters{teacher}"
           f"\nassumed: prompts of {prompt} tokens ({prompt_t} to the teacher), whole responses of {whole}, {rows} of "
-          f"{config.batch_size} rows on a device, micro-batches of {config.micro_tokens} tokens, {size}-byte numbers "
-          f"in forward passes ({'GPU' if on_gpu else 'CPU; --device cuda plans for a GPU that is not here'})\n\n"
+          f"{config.batch_size} rows on a device ({asked} in evaluation), micro-batches of {config.micro_tokens} "
+          f"tokens, {size}-byte numbers in forward passes ({'GPU' if on_gpu else 'CPU; --device cuda plans for a GPU'})\n\n"
           "memory of a device, GB of 1e9 bytes, without what torch itself takes")
     found = {f"while {name}": sum(always.values()) + sum(more.values()) for name, more in (
         ("sampling", sampling), ("learning", learning), ("evaluating", evaluating)) if more}
-    parts = always | sampling | learning | evaluating
-    for part, b in (parts | {f"in all, {name}": b for name, b in found.items()}).items():
+    memory = always | sampling | learning | evaluating
+    for part, b in (memory | {f"in all, {name}": b for name, b in found.items()}).items():
         print(f"  {part:40}{b / 1e9:10.3f}")
 
     def flops(writer, length: int, window: str = "prefix") -> list[float]:

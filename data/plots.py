@@ -223,7 +223,7 @@ def draw_runs(folders: list[str], out: str, goals: tuple[float, ...] = (0.5, 0.6
     title = [f"by --{flags.pop()}"] if one else []
     title += [f"mean over seeds (up to {several}), bars: lowest to highest" if several > 1 else "one seed"]
     title += [f"the runs also differ in {', '.join(hidden)}"] if hidden else []
-    figure.suptitle(textwrap.fill("; ".join(title).capitalize(), 45 * max(2, len(metrics))), fontsize=11)
+    figure.suptitle(textwrap.fill("; ".join(title).capitalize(), 90), fontsize=11)
     if "accuracy" in metrics:
         print("\nFLOP at the first evaluation with an accuracy of at least ... (the slowest that got there)\n"
               f"{'':{wide}}" + "".join(f"{goal:18}" for goal in goals))

@@ -11,7 +11,7 @@ import re
 import shutil
 import signal
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from data import InputError, parse_object, read_json, reading
 from data.checkpoint import weight_files
-from data.ranks import all_gather, collect, like, rank
+from data.ranks import all_gather, collect, like, rank, world_size
 from data.tokenizer import resume_clock
 
 try:
@@ -199,10 +199,11 @@ class Run:
         """What Ctrl-C, SIGTERM or a closed terminal does during the loop. A second Ctrl-C or SIGTERM ends the process;
         SIGHUP may come twice, since a terminal that closes sends two."""
         self.interrupted = True
-        if number == signal.SIGINT and rank() == 0:
-            print("\nending after this step or evaluation; Ctrl-C again ends at once", flush=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if number == signal.SIGINT and world_size() == 1:
+            with suppress(OSError):  # not by print, which the signal may have interrupted
+                os.write(2, b"\nending after this step or evaluation; Ctrl-C again ends at once\n")
 
     def stopping(self) -> bool:
         """Whether any rank was interrupted; all ask together."""
@@ -294,7 +295,7 @@ class Run:
               f"{sum(r['seconds'] for r in evals):.1f}\n  {sum(r['tokens'] for r in steps):,} tokens trained on, "
               f"{flop / 1e12:.3g} TFLOP, {flop / sum(seconds.values()) / 1e9:.1f} GFLOP/s")
         whole = [r["flop_per_whole_response"] for r in evals if "flop_per_whole_response" in r]
-        if after and whole and config.rollout == "student" and config.window == "prefix" and not config.mix:
+        if whole and evals[-1]["step"] and config.rollout == "student" and config.window == "prefix" and not config.mix:
             cut = sum(1 - r["finish"] for r in steps) / len(steps)
             whole = len(steps) * config.batch_size * sum(whole) / len(whole)
             print(f"  the prefix cut {cut:.0%} of the responses; on whole ones the same steps would have cost about "

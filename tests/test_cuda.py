@@ -318,8 +318,8 @@ def test_the_plan_foresees_the_peak(recompute, tmp_path, capsys):
     with contextlib.nullcontext() if real else fake_cuda(shapes=True):
         choose_device("cuda")
         planned = train.plan(train.Config(
-            student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), batch_size=64, max_new_tokens=4096,
-            eval_problems=500, eval_batch_size=100, recompute=recompute)).values()
+            student=str(tmp_path / "student"), teacher=str(tmp_path / "teacher"), batch_size=64, max_new_tokens=2048,
+            eval_batch_size=64, recompute=recompute)).values()
         student, teacher, sampler = (on_card(qwen3(name), dtype) for name, dtype in (
             ("1.7B", torch.float32), ("8B", torch.bfloat16), ("1.7B", torch.bfloat16)))
         student.recompute, sampler.vocab = recompute, REAL_IDS
@@ -342,9 +342,9 @@ def test_the_plan_foresees_the_peak(recompute, tmp_path, capsys):
         for p in student.parameters():
             p.grad = None
         del hidden, hidden_t
-        cache_for(sampler, 100, 64 + 4096)
+        cache_for(sampler, 64, 64 + 2048)
         torch.cuda.reset_peak_memory_stats()
-        generate(sampler, [[5] * 64] * 100, 2, (2, 3))
+        generate(sampler, [[5] * 64] * 64, 2, (2, 3))
         peaks.append(torch.cuda.max_memory_allocated())
         assert len(moments) == 2 * len(list(student.parameters()))
     assert peaks == pytest.approx([*planned], rel=0.15)

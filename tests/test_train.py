@@ -424,6 +424,9 @@ def test_the_plan_of_several_devices(capsys):
     assert many["student: copy that samples"] > one["student: copy that samples"] == 0  # a whole student samples itself
     assert many["weights gathered by --shard"] > one["weights gathered by --shard"] == 0
     assert many["in all, while learning"] < one["in all, while learning"]
+    assert many["KV cache of evaluation"] == pytest.approx(one["KV cache of evaluation"] * 13 / 100, abs=1e-3)
+    none, few = plan("--eval_problems", "0", "--eval_kl", "0"), plan("--eval_problems", "0")  # 32 of --eval_kl
+    assert "in all, while evaluating" not in none and few["KV cache of evaluation"] < one["KV cache of evaluation"]
 
 
 def test_the_plan_of_a_window_counts_what_is_sampled_and_read(capsys):
@@ -542,7 +545,7 @@ def test_what_may_change_when_a_run_is_resumed(finished, tmp_path, capsys, monke
         run("--resume", "--out_dir", out, "--steps", "5")
 
 
-def test_ctrl_c_finishes_the_step_and_saves(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_finishes_the_step_and_saves(tmp_path, monkeypatch, capfd):
     flags, out, log_step = (*TINY, "--eval_every", "2"), tmp_path / "interrupted", train.log_step
     run(*flags, "--out_dir", tmp_path / "alone")
     assert [r["step"] for r in records(tmp_path / "alone") if "eval" in r] == [0, 2, 3]
@@ -555,8 +558,8 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as m:
         m.setattr(train, "log_step", interrupt)
         run(*flags, "--out_dir", out)
-    said = capsys.readouterr().out
-    assert "Ctrl-C again ends at once" in said and "after 2 steps (interrupted; go on with --resume)" in said
+    said, warned = capfd.readouterr()
+    assert "Ctrl-C again ends at once" in warned and "after 2 steps (interrupted; go on with --resume)" in said
     run("--resume", "--out_dir", out)
     assert records(out) == records(tmp_path / "alone")
     assert same_weights(out / "step_000003", tmp_path / "alone/step_000003")
@@ -570,9 +573,10 @@ def test_the_cache_of_an_evaluation_has_its_own_rows(tmp_path, monkeypatch):
         make(self, config, slots, max_len, *rest)
 
     monkeypatch.setattr(sample.KVCache, "__init__", watch)
-    run(*TINY, "--eval_batch_size", "1", "--out_dir", tmp_path)
+    run(*TINY, "--eval_batch_size", "1", "--max_new_tokens", "300", "--out_dir", tmp_path)
     rows = int(TINY[TINY.index("--batch_size") + 1])
-    assert {slots for slots, _ in shapes} == {1, rows} and rows > 1
+    lengths = {slots: max(n for s, n in shapes if s == slots) for slots, _ in shapes}
+    assert {*lengths} == {1, rows} and lengths[rows] < lengths[1]
 
 
 def test_a_second_ctrl_c_in_an_evaluation_loses_no_step(tmp_path, monkeypatch):

@@ -663,7 +663,8 @@ def plan(config: Config) -> dict[str, float]:
           f"\nassumed: prompts of {prompt} tokens ({prompt_t} to the teacher), whole responses of {whole}, {rows} of "
           f"{config.batch_size} rows on a device ({asked} in evaluation), micro-batches of {config.micro_tokens} "
           f"tokens, {size}-byte numbers in forward passes "
-          f"({'GPU' if on_gpu else 'CPU; --device cuda plans for a GPU that is not here'})\n\nmemory of a device, GB of 1e9 bytes, without what torch itself takes")
+          f"({'GPU' if on_gpu else 'CPU; --device cuda plans for a GPU that is not here'})\n\n"
+          "memory of a device, GB of 1e9 bytes, without what torch itself takes")
     found = {f"while {name}": sum(always.values()) + sum(more.values()) for name, more in (
         ("sampling", sampling), ("learning", learning), ("evaluating", evaluating)) if more}
     memory = always | sampling | learning | evaluating

@@ -80,21 +80,3 @@ def full_recompute(model, prompt: list[int], max_new_tokens: int, stop_ids, choo
         if response[-1] in stop_ids:
             break
     return response
-
-
-def solve(prompt: str) -> int:
-    """Answer a problem of the embedded task from its text alone, by substitution."""
-    *definitions, question = prompt.strip().split("\n")
-    known: dict[str, int] = {}
-    while question.rstrip("?") not in known:
-        for line in definitions:
-            name, expression = line.split("=")
-            for sign in "+-":
-                if sign in expression:
-                    ref, number = expression.split(sign)
-                    if ref in known:
-                        known[name] = known[ref] + int(sign + number)
-                    break
-            else:
-                known[name] = int(expression)
-    return known[question.rstrip("?")]

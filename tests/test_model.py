@@ -83,32 +83,6 @@ def test_logits_and_gradients_equal_transformers(family, tmp_path):
         assert (p.grad - theirs[name].grad).norm() <= 1e-5 * theirs[name].grad.norm() + 1e-4, name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_saved_model_reloads_in_transformers(family, tmp_path):
-    model = live(FAMILIES[family], seed=3)
-    model.save_pretrained(tmp_path)
-    reference, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    tokens = torch.arange(60).view(2, 30)
-    expected = reference(tokens).logits
-    assert ((model(tokens) @ model.head.T) - expected).norm() / expected.norm() < 1e-5
-
-
-def test_sharded_checkpoints_load(tmp_path):
-    model = live(FAMILIES["llama"], seed=7)
-    model.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    (tmp_path / "model.safetensors").unlink()
-    names, index = sorted(weights), {}
-    for shard, part in enumerate((names[:10], names[10:])):
-        file = f"model-{shard + 1:05d}-of-00002.safetensors"
-        save_file({n: weights[n] for n in part}, tmp_path / file)
-        index |= dict.fromkeys(part, file)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    loaded = Transformer.from_pretrained(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
-
-
 def test_pruned_layers_are_the_ones_named(tmp_path):
     folder = tmp_path / "whole"
     shutil.copytree(HERE / "chains/teacher", folder)
@@ -131,7 +105,7 @@ def test_pruned_layers_are_the_ones_named(tmp_path):
 def test_unusable_weights_are_refused_by_name(tmp_path):
     live(FAMILIES["qwen3"], seed=8).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    weights, data = load_file(file), file.read_bytes()
+    weights = load_file(file)
     for name, tensor, message in (
         ("model.layers.1.mlp.up_proj.weight", None, r"Missing key.*model.layers.1.mlp.up_proj.weight"),
         ("model.layers.0.surprise", torch.zeros(2), r"Unexpected key.*model.layers.0.surprise"),
@@ -141,12 +115,6 @@ def test_unusable_weights_are_refused_by_name(tmp_path):
         save_file({k: w for k, w in (weights | {name: tensor}).items() if w is not None}, file)
         with pytest.raises(InputError, match=message):
             Transformer.from_pretrained(tmp_path)
-    file.write_bytes(data[: len(data) // 2])
-    with pytest.raises(InputError, match="model.safetensors: damaged"):
-        Transformer.from_pretrained(tmp_path)
-    file.rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(InputError, match="no model.safetensors there"):
-        Transformer.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("change, message", [

@@ -21,7 +21,6 @@ from transformers import Qwen3Config
 import train
 from data import HERE, InputError
 from data.flags import parse_flags
-from data.ranks import full_tensor
 from data.run import read_log
 from data.tokenizer import Tokenizer
 from eval import Pair
@@ -168,20 +167,6 @@ def test_a_rank_in_trouble_neither_asks_the_others_nor_saves_with_them(monkeypat
     expected = "step 4: out of memory in learning; the last state saved is out/step_000002.*Lower --micro_tokens"
     with pytest.raises(InputError, match=expected), train.say_what_to_change(run):
         raise torch.OutOfMemoryError("CUDA out of memory")
-
-
-def test_a_number_of_a_sharded_gradient_is_one_ranks_part_until_it_is_full():
-    def norms():
-        plain, sharded = (random_pair(Config(shard=n, chat="on"), None).student for n in (1, 2))
-        for model in (plain, sharded):
-            hidden = model(torch.arange(12)[None] + 5)
-            (hidden @ model.head.T).square().mean().backward()
-        whole = sum(float((2 * p.grad).square().sum()) for p in plain.parameters())  # two ranks have read the same row
-        squares = [p.grad.square().sum() for p in sharded.parameters()]
-        return whole, sum(float(full_tensor(s)) for s in squares), sum(float(s) for s in squares)
-
-    for whole, found, part in launch(2, norms):
-        assert found == pytest.approx(whole, rel=1e-12) and part < 0.99 * whole
 
 
 def torchrun(*args) -> subprocess.CompletedProcess:

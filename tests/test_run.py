@@ -155,13 +155,6 @@ def test_the_log_is_json_to_any_parser(tmp_path):
     assert any(r.get("accuracy_given_finish", 0) is None for r in found)
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"config": []}', '{"config": {}}', "[" * 100_000, '{"step": "two"}'])
-def test_a_state_that_is_none_is_told(tmp_path, text):
-    write(tmp_path / "step_000003/state.json", text)
-    with pytest.raises(InputError, match="state.json"):
-        run("--resume", "--out_dir", tmp_path)
-
-
 def test_a_log_of_anything_does_not_stop_a_resumption(tmp_path):
     run(*TINY, *BLIND, "--save_every", "2", "--out_dir", tmp_path)
     for junk in (b"\xff\xfe", b"5\n", b"[" * 100_000):

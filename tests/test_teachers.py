@@ -258,8 +258,3 @@ def test_a_teacher_that_changes_its_logits_is_refused_by_name(tmp_path, kind, mo
         save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=message):
         load_teacher(tmp_path, torch.device("cpu"), 644)
-
-
-def test_a_student_of_another_family_is_refused(tmp_path):
-    with pytest.raises(InputError, match="model_type 'olmo2' is not supported"):
-        run(*TINY, *BLIND, "--student", other_teacher(tmp_path / "student", "olmo2"), "--out_dir", tmp_path / "out")

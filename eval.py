@@ -575,7 +575,7 @@ if __name__ == "__main__":
                    "tokens": diagnose_tokens}
     if command == "runs":
         end = next((i for i, a in enumerate(sys.argv) if a.startswith("--")), len(sys.argv))
-        if end == 2:
+        if end == 2 and "--help" not in sys.argv:
             fail("usage: python eval.py runs RUN_FOLDER ... [--out runs.png]")
         config = parse_flags(Config, __doc__, sys.argv[end:])
         check_out(config.out, ".png")

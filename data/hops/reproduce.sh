@@ -57,7 +57,7 @@ run seqkd_40 --prefix_len 1024 --rollout teacher --loss cross_entropy
 wait
 failed=$(grep -L "^after [0-9]* steps:" "${files[@]}" || true)
 [ -z "$failed" ] || { echo "not complete (run this again): $failed"; exit 1; }
-arms=$(ls -d $to/{whole,prefix64,prefix16,off_policy,seqkd,off_policy_no_walls,sft_no_walls,sft_walls}_seed?)
+arms=$(ls -d $to/{whole,prefix64,prefix16,off_policy,seqkd,off_policy_no_walls,sft_no_walls}_seed?)
 python eval.py runs $arms --out $to/curves.png | tee $to/curves.txt
 python eval.py positions --max_new_tokens 1024 --num_problems 50 \
     --model data/hops/student,$to/prefix64_seed1/step_000020,$to/whole_seed1/step_000020 --out $to/positions.png

@@ -60,7 +60,8 @@ def restore_flags(config) -> Path:
             barred.append(f"--{name} is {now!r} and was {was!r}")
     if barred:
         raise InputError(f"--resume of {out}: {'; '.join(barred)}. Only these may change: "
-                         + ", ".join(f"--{name}" for name in asdict(config) if name in MAY_CHANGE))
+                         + ", ".join(f"--{name}" for name in asdict(config) if name in MAY_CHANGE)
+                         + " (--steps only where no schedule is paced by it)")
     for name, paced in (("schedule", ("linear",)), ("lr_schedule", ("cosine",))):
         if config.steps != before["steps"] and getattr(config, name) in paced:
             raise InputError(f"--resume: --steps cannot change: --steps {before['steps']} set the pace of --{name} "

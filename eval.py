@@ -403,7 +403,8 @@ def main(config: Config) -> None:
         slots=config.batch_size, seed=config.seed, keep=keep,
         done=[r for r in done if answers_one_of(rows, r)],
     )
-    print(f"the response to the first problem:\n{shorten(records[0]['response'], 24)}\n\n"
+    print(f"the first problem:\n{shorten(rows[0]['prompt'].strip(), 8)}\nthe response:\n"
+          f"{shorten(records[0]['response'], 24)}\n\n"
           f"{path} on {config.data}: {len(rows)} problems, answers to each: {config.num_samples}, temperature "
           f"{config.temperature}, seed {config.seed}; {found['seconds']:.1f} s\n"
           f"accuracy {found['accuracy']:.3f} (95%: {found['low']:.3f} to {found['high']:.3f})"

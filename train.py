@@ -257,9 +257,10 @@ def prefix_len_at(step: int, config: Config, state: dict) -> int:
         return config.prefix_len
     if config.schedule == "adaptive":
         return state["prefix_len"]
-    progress = min(1.0, step / max(1, config.steps - 1))
-    grown = round(progress * (config.prefix_len - config.prefix_start))
-    return config.prefix_start + grown
+    if config.schedule == "linear":
+        progress = min(1.0, step / max(1, config.steps - 1))
+        return config.prefix_start + round(progress * (config.prefix_len - config.prefix_start))
+    raise NotImplementedError(f"--schedule {config.schedule} has no lines in prefix_len_at")
 
 
 def grow(state: dict, kl: Tensor, position: Tensor, lens: Tensor, config: Config) -> dict:
@@ -537,8 +538,8 @@ def examine(pair: Pair, test: list[dict], config: Config, run: Run) -> None:
         record["flop_per_whole_response"] = (sum(flops.values()) + flops["flop_student"] / 3) / len(rollout.lens)
     pair.sampler.cache = None
     run.write({"step": run.step, "eval": "sampled", **record, "seconds": time.perf_counter() - start})
-    print(f"step {run.step}, {len(test)} held-out problems: {said}\nits response to the first:\n"
-          f"{shorten(answers[0]['response'], 12)}", flush=True)
+    print(f"step {run.step}, {len(test)} held-out problems: {said}\nthe first of them:\n"
+          f"{shorten(test[0]['prompt'].strip(), 8)}\nits response:\n{shorten(answers[0]['response'], 12)}", flush=True)
 
 
 def peak_memory(device: torch.device) -> int:

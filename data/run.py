@@ -123,8 +123,8 @@ def protect(config, out: Path) -> None:
         if used.is_dir() and (used == here or here in used.parents or used in here.parents):
             raise InputError(f"--out_dir {out} is, holds or lies in --{name} {getattr(config, name)}: choose another")
     if ours and not config.overwrite:
-        go_on = "continue it with --resume, " if saved else ""
-        raise InputError(f"--out_dir {out} already holds a run; {go_on}discard it with --overwrite")
+        go_on = "if it was interrupted, continue it with --resume; " if saved else ""
+        raise InputError(f"--out_dir {out} already holds a run; {go_on}discard it with --overwrite or choose another")
 
 
 def checkpoints(out: Path) -> list[Path]:

@@ -80,7 +80,7 @@ def test_an_evaluation_that_was_interrupted_goes_on(tmp_path, capsys):
     run(*flags)
     said = capsys.readouterr().out
     for text in ("on chains: 6 problems, answers to each: 2, temperature 0.7", "(95%: ", "P(finish)", "if finished",
-                 "length: mean", "cut at 80", "the response to the first problem"):
+                 "length: mean", "cut at 80", "the first problem:\n"):
         assert text in said
     whole = json.loads((tmp_path / "out.json").read_text())
     lines = out.read_text().splitlines(keepends=True)

@@ -248,6 +248,8 @@ def test_the_prefix_of_every_step():
 
     assert schedule() == [110] * 13 and schedule(schedule="adaptive") == [33] * 13
     assert schedule(schedule="linear") == [10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 110, 110]
+    with pytest.raises(NotImplementedError, match="square"):
+        train.prefix_len_at(0, Config(schedule="square"), {})
     assert train.prefix_len_at(0, Config(schedule="linear", steps=1, prefix_start=4, prefix_len=8), {}) == 4
     for length, start in ((1024, 64), (5, 1)):
         train.fill_in(config := Config(data="chains", prefix_len=length))

@@ -249,13 +249,15 @@ def value_and_gradient(
         stats["loss"] = dot(q, d).clamp_(min=0)
         torch.mul(torch.where(d > 0, q, -p), torch.expm1(-d.abs()), out=z)  # p - q, exact where they are close
         balance(z, top)
-    else:
+    elif loss in ("sampled_kl", "cross_entropy"):
         advantage = torch.ones_like(Z_s)
         if loss == "sampled_kl":
             advantage = stats["teacher_logprob"] - stats["student_logprob"]
         stats["loss"] = -advantage * stats["student_logprob"]
         balance(p, y)  # p - 1_y
         torch.mul(p, advantage.to(z.dtype), out=z)
+    else:
+        raise NotImplementedError(f"loss {loss!r} has no branch in value_and_gradient")
     return stats
 
 

@@ -299,8 +299,8 @@ class Run:
         if whole and evals[-1]["step"] and config.rollout == "student" and config.window == "prefix" and not config.mix:
             cut = sum(1 - r["finish"] for r in steps) / len(steps)
             whole = len(steps) * config.batch_size * sum(whole) / len(whole)
-            print(f"  the prefix cut {cut:.0%} of the responses; on whole ones the same steps would have cost about "
-                  f"{whole / 1e12:.3g} TFLOP, {whole / flop:.1f} times as much" if cut else
+            print(f"  the prefix cut {cut:.0%} of the responses; on whole ones, as long as when evaluated, the same "
+                  f"steps would have cost about {whole / 1e12:.3g} TFLOP, {whole / flop:.1f} times as much" if cut else
                   "  the prefix cut none of the responses: this was plain on-policy distillation")
         print(f"  checkpoint {self.saved}\n  talk to it: python sample.py --model {self.saved} --data "
               f"{config.eval_data or config.data}\n  log {self.log}")

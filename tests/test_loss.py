@@ -277,3 +277,10 @@ def test_unusable_arguments_are_named(options, message):
     hidden_s, head_s, hidden_t, head_t, *_ = make()
     with pytest.raises(ValueError, match=message):
         distill_loss(hidden_s, head_s, **{"hidden_t": hidden_t, "head_t": head_t} | options)
+
+
+def test_a_loss_without_its_branch_is_not_another(monkeypatch):
+    hidden_s, head_s, hidden_t, head_t, *_ = make()
+    monkeypatch.setattr("loss.LOSSES", (*LOSSES, "k2"))
+    with pytest.raises(NotImplementedError, match="'k2' has no branch"):
+        distill_loss(hidden_s, head_s, hidden_t, head_t, loss="k2")

@@ -175,6 +175,12 @@ def test_names_stand_at_the_ends_of_lines_without_overlap_or_in_a_legend():
         assert len(names) == 4 and all(b.y0 > a.y1 - 1 for a, b in itertools.pairwise(boxes)) and not figure.legends
     plots.name_lines(figure, grid, [f"a name that is much too long, {i}" for i in range(4)])
     assert len(figure.legends) == 1
+    figure, (panel,) = plots.panels(["many names"], "x")
+    for y in range(15):
+        panel.plot([0, 1], [0, y])
+    plots.name_lines(figure, [panel], [f"off policy no walls {i}" for i in range(15)])
+    figure.draw_without_rendering()
+    assert panel.get_window_extent().y0 > figure.legends[0].get_window_extent().y1
     words = [plots.spell(text) for text in ("Be brief", "Be, brief", "Be_brief", "x" * 99, "x" * 98 + "\n")]
     assert len({*words}) == 5 and all(re.fullmatch(r"[^\s,]{1,49}", word) for word in words)
     assert plots.tell_apart(["a 1, b 2", "a 2, b 1"]) == (["a 1", "a 2"], ["b"])

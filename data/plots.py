@@ -52,7 +52,8 @@ def name_lines(figure, grid, names: list[str]) -> None:
     names = short if len(set(short)) == len(names) else names
     longest = max(len(line) for name in names for line in name.split("\n"))
     if len(names) > len(COLORS) or longest * len(grid) > 48:
-        columns = max(1, min(len(names), 4, int(12.5 * figure.get_figwidth()) // (longest + 8)))
+        wide = int(12.5 * figure.get_figwidth())  # 12.5 letters of this size fill an inch; a line's sample takes 8
+        columns = max(1, min(len(names), 4, wide // (longest + 8)))
         figure.legend(grid[0].get_lines()[: len(names)], names, loc="outside lower center", ncols=columns, fontsize=9)
         return
     from matplotlib.patheffects import withStroke
